@@ -1,0 +1,430 @@
+"""Stage 1: what does the model answer when it is asked K times?
+
+Every method of the GRPO family starts here: K complete responses per spoken prompt, sampled
+independently from the current policy. LEAF needs nothing else; stage 3 finds its tree in these
+same responses. The speech is heard once: audio encoder and projector are frozen, so this stage
+stores what the language model gets to hear, `embeds`, and the later ones never touch audio.
+
+Reads   a manifest (one JSON object a line: audio, prompt, reference), a model, RUN/adapter if there
+Writes  RUN/rollouts.pt, per prompt: id, audio, prompt, reference; embeds (P, D), the model's dtype;
+        responses (K, T) int64, 0 at padding; lengths (K,) int64; texts (K str);
+        ends (K, T) int64, the number of characters of the text that tokens 0..t spell
+Run     python 01_sample.py                                      demo, 2 cores: about 20 s
+        python 01_sample.py --manifest mine.jsonl --model Qwen/Qwen2-Audio-7B-Instruct --run runs/a
+"""
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import soundfile
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# Mistakes, files and where training stands: shared by all stages.
+
+WRITER = {"rollouts": "01_sample.py", "surprisal": "02_surprisal.py", "tree": "03_tree.py",
+          "advantages": "04_advantage.py"}
+
+class BadInput(ValueError):
+    """A user's mistake, told in one sentence: what is wrong, with its name, and what to do."""
+
+def run_stage(main, args):
+    """main(args), where a user's mistake ends the script with one sentence instead of a trace."""
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        sys.exit("stopped: the files written before are whole")
+    except torch.OutOfMemoryError:
+        sys.exit("the GPU's memory is full: take fewer --prompts-per-batch or a smaller model")
+    except (BadInput, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+def write_file(path, content):
+    """Write bytes beside `path`, then rename: a kill or a full disk leaves the old file whole."""
+    path, part = Path(path), Path(f"{path}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+
+def save_stage(run, name, meta, prompts):
+    """Write RUN/name.pt, a dict {"meta": dict, "prompts": [dict per prompt]}."""
+    buffer = io.BytesIO()  # in memory first: torch aborts on a full disk, Python says so
+    torch.save({"meta": meta, "prompts": prompts}, buffer)
+    write_file(Path(run) / f"{name}.pt", buffer.getbuffer())
+
+def load_stage(run, name, rollouts=None):
+    """Read RUN/name.pt; with `rollouts` given, it must have been made from these.
+
+    Raises BadInput, naming the stage to run, for a missing or cut-off file or one of another round.
+    """
+    path, again = Path(run) / f"{name}.pt", f"run {WRITER[name]} with --run {run}"
+    if not path.exists():
+        raise BadInput(f"there is no {path} yet: {again} first")
+    try:
+        stage = torch.load(path, weights_only=True)
+        made_from, _ = stage["meta"]["id"], stage["prompts"]
+    except Exception as error:  # torch raises many kinds for a file that is not whole
+        raise BadInput(f"{path} is cut off or no stage file: {again} again") from error
+    if rollouts and made_from != rollouts["meta"]["id"]:
+        raise BadInput(f"{path} was made from rollouts {made_from}, but {run}/rollouts.pt is "
+                       f"{rollouts['meta']['id']}: {again} again")
+    return stage
+
+def read_state(run, meta=None):
+    """Where training stands: dict of round, step, seen (prompts used so far), adapter (path, None).
+
+    `meta` is that of rollouts to be used: BadInput if the adapter was trained since they were made.
+    """
+    folder, previous = Path(run) / "adapter", Path(run) / "adapter.previous"
+    state = {"round": 0, "step": 0, "seen": 0, "adapter": None}
+    if previous.exists() and not folder.exists():  # 05 was killed between its two renames
+        previous.rename(folder)
+    if folder.exists():
+        try:
+            state |= {**json.loads((folder / "training.json").read_text()), "adapter": folder}
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{folder} has no whole training.json: move it away to start anew") from error
+    if meta and meta["round"] != state["round"] + 1:
+        raise BadInput(f"{run}/rollouts.pt is of round {meta['round']}, but {folder} is trained up "
+                       f"to round {state['round']}: run 01_sample.py for the next round")
+    return state
+
+# The manifest and its recordings.
+
+def read_manifest(path):
+    """The examples of a JSON-lines manifest, a list of dicts id, audio, prompt, reference (str).
+
+    `audio` is relative to the manifest; `id` defaults to the line number. Raises BadInput, with
+    the number, for a line that is no such object, and for a manifest without any.
+    """
+    path, examples = Path(path), []
+    if not path.is_file():
+        raise BadInput(f"there is no manifest {path}")
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise BadInput(f"{path} line {number} is not JSON: {error}") from error
+        for key in ("audio", "prompt", "reference"):
+            value = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(value, str) or not value.strip():
+                raise BadInput(f'{path} line {number} lacks "{key}", a string that is not empty')
+        if row["prompt"].count("<audio>") > 1:
+            raise BadInput(f"{path} line {number} has <audio> more than once, but one recording")
+        examples.append({"id": str(row.get("id", number)), "audio": str(path.parent / row["audio"]),
+                         "prompt": row["prompt"], "reference": row["reference"]})
+    if not examples:
+        raise BadInput(f"{path} is empty: it needs a JSON object a line")
+    return examples
+
+def resample(wave, old_rate, new_rate):
+    """wave (S,) at old_rate Hz -> (ceil(S new / old),) at new_rate: its spectrum, cut or extended.
+
+    The Fourier transform takes a signal for periodic; 50 ms of silence keep end from beginning.
+    """
+    old, new = (rate // math.gcd(old_rate, new_rate) for rate in (old_rate, new_rate))
+    blocks = math.ceil((len(wave) + old_rate // 20) / old)  # so that both lengths are integers
+    spectrum = torch.fft.rfft(wave.double(), n=blocks * old)[:blocks * new // 2 + 1]
+    out = torch.fft.irfft(spectrum, n=blocks * new) * (new / old)
+    return out[:math.ceil(len(wave) * new / old)].float()
+
+def load_audio(path, rate, max_seconds=math.inf):
+    """A recording (wav, flac, ogg, mp3; any rate, any channels) as float32 mono (S,) at `rate` Hz.
+
+    Raises BadInput, naming the file, if it is missing, empty, corrupt or longer than max_seconds.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"there is no recording {path}")
+    try:
+        wave, file_rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise BadInput(f"{path} is corrupt, or no recording (wav, flac, ogg, mp3)") from error
+    wave = torch.from_numpy(wave).mean(dim=1)  # (S,)
+    if len(wave) == 0 or not wave.isfinite().all():
+        raise BadInput(f"{path} is empty or corrupt: {wave.isfinite().sum()} of {len(wave)} samples are "
+                       "numbers")
+    if len(wave) > max_seconds * file_rate:
+        raise BadInput(f"{path} lasts {len(wave) / file_rate:.1f} s, but the model hears only "
+                       f"{max_seconds:g} s: shorten it or leave it out")
+    return wave if file_rate == rate else resample(wave, file_rate, rate)
+
+# The model.
+
+def fold_adapters(model):
+    """Merge adapters that came with the weights (Granite's speech LoRA) into them, in float32.
+
+    Ours must be the only one: switching it off has to give back the whole model as shipped.
+    """
+    from peft.tuners.lora import LoraLayer
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            base, dtype = layer.get_base_layer(), layer.get_base_layer().weight.dtype
+            layer.float().merge(safe_merge=True)
+            model.set_submodule(name, base.to(dtype))
+    if getattr(model, "peft_config", None):
+        model._hf_peft_config_loaded = False
+        del model.peft_config
+    return model
+
+def load_model(model, adapter=None, device="cpu", hear=True):
+    """Load a speech LLM, with our LoRA on top if given: (model, processor), in eval mode.
+
+    model: folder or hub name; adapter: PEFT folder or None. Weights are bfloat16 on a GPU, float32
+    on a CPU. hear=False is for stages without audio: only the language model moves to the device,
+    and the processor is None. Raises BadInput if the model or the adapter cannot be loaded.
+    """
+    # subtle: imported here, because stages 3 and 4 import this file and should not wait for them
+    import transformers
+    from peft import PeftModel
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(model) if hear else None
+        lm = transformers.AutoModelForMultimodalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, ImportError) as error:
+        why = " ".join(str(error).split()).split(". ")[0]
+        raise BadInput(f"no speech model could be loaded from {model}: {why}") from error
+    lm = fold_adapters(lm).requires_grad_(False)
+    if hear:  # EOS may be a list, and the tokenizer may know one more: stop on any of them
+        eos = lm.generation_config.eos_token_id
+        eos = set(eos if isinstance(eos, list) else [eos]) | {processor.tokenizer.eos_token_id}
+        lm.generation_config.eos_token_id = sorted(eos - {None})
+    for part in [lm] if hear else [lm.get_decoder(), lm.get_output_embeddings()]:
+        part.to(device)
+    try:
+        lm = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True) if adapter else lm
+    except Exception as error:
+        raise BadInput(f"{adapter} is not whole, or no adapter of {model}: move it away to start "
+                       "anew") from error
+    return lm.eval(), processor
+
+def logits_of(model, hidden):
+    """The language model's last hidden states (..., D) -> float32 logits (..., V).
+
+    subtle: Granite divides its logits by logits_scaling (8), and its speech class in transformers
+    forgets to. Sampling from those is sampling at temperature 1/8, and greedy output hides it.
+    """
+    scale = getattr(model.config.get_text_config(), "logits_scaling", 1.0)
+    return model.get_output_embeddings()(hidden).float() / scale
+
+def render_prompt(processor, prompt, system_prompt="", raw=False):
+    """The text for the model, with its audio placeholder where the prompt says <audio>, or first."""
+    before, after = prompt.split("<audio>") if "<audio>" in prompt else ("", prompt)
+    marks = (getattr(processor, f"audio_{end}_token", "") for end in ("bos", "eos"))
+    whole = before + processor.audio_token.join(marks) + after
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if raw or not template:
+        return system_prompt + whole
+    if "'audio'" in template or '"audio"' in template:  # this template writes the placeholder itself
+        whole = [{"type": "text", "text": before}, {"type": "audio"}, {"type": "text", "text": after}]
+        whole = whole if before else whole[1:]
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return processor.tokenizer.apply_chat_template(
+        [*system, {"role": "user", "content": whole}], chat_template=template, tokenize=False,
+        add_generation_prompt=True)
+
+class AtTheDoor(Exception):
+    """Carries what arrives at the language model."""
+
+@torch.inference_mode()
+def embed_prompt(model, processor, wave, text):
+    """What the language model hears: wave (S,) and rendered text -> embeddings (P, D) on the CPU.
+
+    Each family merges speech and text in its own way, so its own forward does it, and a hook stops
+    it at the language model's door. subtle: one clip at a time; Granite's encoder has no padding
+    mask, so what a clip is batched with would change what is heard.
+    """
+    def stop(module, args, kwargs):
+        raise AtTheDoor(kwargs["inputs_embeds"][0])
+
+    hook = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(**processor(text=text, audio=wave.numpy(), return_tensors="pt").to(model.device))
+    except AtTheDoor as arrived:
+        return arrived.args[0].cpu()
+    finally:
+        hook.remove()
+
+def embed_examples(model, processor, examples, system_prompt, raw):
+    """embed_prompt for each example, a list of (P_i, D)."""
+    extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
+    longest = getattr(extractor, "chunk_length", math.inf)  # Qwen2-Audio would cut there silently
+    return [embed_prompt(model, processor,
+                         load_audio(example["audio"], extractor.sampling_rate, longest),
+                         render_prompt(processor, example["prompt"], system_prompt, raw))
+            for example in tqdm(examples, desc="listening", unit="clip")]
+
+# Sampling.
+
+def choose_tokens(logits, temperature, top_p):
+    """One token per row of logits (R, V), from the top-p nucleus; at temperature 0 the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    outside = probs.cumsum(dim=-1) - probs >= top_p  # likelier tokens fill the nucleus already
+    return order.gather(1, torch.multinomial(probs.masked_fill(outside, 0.0), 1)).squeeze(1)
+
+@torch.inference_mode()
+def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
+    """K sampled responses to each of N prompts, all N K rows decoded together.
+
+    embeds: N tensors (P_i, D). Returns N pairs: responses (K, T) int64, 0 at padding, T the longest
+    of the K; lengths (K,) int64. A response ends with an EOS token unless max_new_tokens cut it.
+    The draws are those of torch's global random generator.
+    """
+    decoder, embed, device = model.get_decoder(), model.get_input_embeddings(), model.device
+    eos = torch.tensor(model.generation_config.eos_token_id, device=device)
+    N, P = len(embeds), max(len(e) for e in embeds)
+
+    # Prefill each prompt once, padded on the left so that all end in the same column.
+    inputs = torch.stack([F.pad(e.to(device), (0, 0, P - len(e), 0)) for e in embeds])  # (N, P, D)
+    starts = torch.tensor([P - len(e) for e in embeds], device=device)
+    mask = torch.arange(P, device=device) >= starts[:, None]  # (N, P)
+    out = decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=True,
+                  position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0))
+    cache, mask = out.past_key_values, mask.repeat_interleave(K, dim=0)  # (N K, P)
+    cache.batch_repeat_interleave(K)
+    logits = logits_of(model, out.last_hidden_state[:, -1]).repeat_interleave(K, dim=0)
+
+    responses = torch.zeros(N * K, max_new_tokens, dtype=torch.int64, device=device)
+    lengths = torch.full((N * K,), max_new_tokens, device=device)
+    rows = torch.arange(N * K, device=device)  # the responses still being written
+    for t in range(max_new_tokens):
+        tokens = choose_tokens(logits, temperature, top_p)  # (R,)
+        responses[rows, t] = tokens
+        ended = torch.isin(tokens, eos)
+        if ended.any():  # they leave the batch, cache and all
+            lengths[rows[ended]] = t + 1
+            going = (~ended).nonzero().squeeze(1)
+            rows, tokens, mask = rows[going], tokens[going], mask[going]
+            cache.batch_select_indices(going)
+        if len(rows) == 0 or t + 1 == max_new_tokens:
+            break
+        mask = F.pad(mask, (0, 1), value=True)
+        out = decoder(inputs_embeds=embed(tokens)[:, None], attention_mask=mask, use_cache=True,
+                      position_ids=mask.sum(dim=1, keepdim=True) - 1, past_key_values=cache)
+        logits = logits_of(model, out.last_hidden_state[:, -1])
+
+    responses, lengths = responses.view(N, K, -1).cpu(), lengths.view(N, K).cpu()
+    # subtle: clone, or torch.save writes the whole batch with every slice of it
+    return [(responses[n, :, :lengths[n].max()].clone(), lengths[n].clone()) for n in range(N)]
+
+def sample_all(model, embeds, prompts_per_batch, *settings):
+    """sample_responses over any number of prompts, those of like length together to pad little."""
+    order = sorted(range(len(embeds)), key=lambda n: len(embeds[n]))
+    batches = [order[i:i + prompts_per_batch] for i in range(0, len(order), prompts_per_batch)]
+    sampled = {}
+    for batch in tqdm(batches, desc="sampling", unit="batch"):
+        sampled.update(zip(batch, sample_responses(model, [embeds[n] for n in batch], *settings)))
+    return [sampled[n] for n in range(len(embeds))]
+
+def spell(tokenizer, responses, lengths):
+    """The text of each response (K str), and ends (K, T): how much of it tokens 0..t spell.
+
+    subtle: a character of several bytes may span tokens; it counts with the one that completes it.
+    """
+    texts, ends = [], torch.zeros_like(responses)
+    for row, end, length in zip(responses, ends, lengths.tolist()):
+        so_far = [tokenizer.decode(row[:t + 1], skip_special_tokens=True) for t in range(length)]
+        texts.append(so_far[-1])
+        end[:length] = torch.tensor([len(os.path.commonprefix([text, texts[-1]])) for text in so_far])
+    return texts, ends
+
+def next_slice(total, start, count, seed):
+    """Places start..start+count in an endless sequence of seeded shuffles of range(total)."""
+    order = []
+    for epoch in range((start + count - 1) // total + 1):
+        order += random.Random(f"{seed} {epoch}").sample(range(total), total)
+    return order[start:start + count]
+
+def at_least_one(text):
+    """An argparse type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text}, it must be at least 1")
+    return int(text)
+
+def stage_parser(doc, device=True):
+    """An argument parser with the options that mean the same in every stage."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--run", default="runs/demo", help="folder of this run")
+    if device:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", default=default, help="cpu or cuda")
+    return parser
+
+def parse_args():
+    parser = stage_parser(__doc__)
+    add = parser.add_argument
+    add("--manifest", default="tests/demo/train.jsonl", help="JSON lines: audio, prompt, reference")
+    add("--model", default="tests/demo/model", help="folder or hub name of a speech LLM")
+    add("--num-prompts", type=at_least_one, default=64, help="N, prompts in this round")
+    add("--num-responses", type=at_least_one, default=8, help="K, responses per prompt")
+    add("--max-new-tokens", type=at_least_one, default=200, help="longest response")
+    add("--temperature", type=float, default=1.0, help="of the sampling")
+    add("--top-p", type=float, default=0.9, help="nucleus of the sampling")
+    add("--prompts-per-batch", type=at_least_one, default=16, help="prompts decoded together")
+    add("--system-prompt", default="", help="fixes what a template fills with today's date")
+    add("--raw-prompt", action="store_true", help="leave the model's chat template out")
+    add("--seed", type=int, default=0, help="of the order of the prompts and of the sampling")
+    return parser.parse_args()
+
+def main(args):
+    # 1. The prompts of this round: the next slice of the shuffled manifest.
+    manifest, state = read_manifest(args.manifest), read_state(args.run)
+    if args.model != state.get("model", args.model):
+        raise BadInput(f"{state['adapter']} was trained on --model {state['model']}, not {args.model}")
+    N, K = min(args.num_prompts, len(manifest)), args.num_responses
+    examples = [manifest[n] for n in next_slice(len(manifest), state["seen"], N, args.seed)]
+
+    # 2. Listen, once per prompt.
+    model, processor = load_model(args.model, state["adapter"], args.device)
+    print("The model is asked:", render_prompt(processor, examples[0]["prompt"], args.system_prompt,
+                                               args.raw_prompt).strip(), sep="\n")
+    embeds = embed_examples(model, processor, examples, args.system_prompt, args.raw_prompt)
+
+    # 3. Answer, K times per prompt.
+    torch.manual_seed(1000 * args.seed + state["round"])
+    began = time.time()
+    sampled = sample_all(model, embeds, args.prompts_per_batch,
+                         K, args.max_new_tokens, args.temperature, args.top_p)
+    speed = sum(lengths.sum().item() for _, lengths in sampled) / (time.time() - began)
+
+    # 4. Write.
+    prompts = []
+    for example, embed, (responses, lengths) in zip(examples, embeds, sampled):
+        texts, ends = spell(processor.tokenizer, responses, lengths)
+        prompts.append({**example, "embeds": embed, "responses": responses, "lengths": lengths,
+                        "texts": texts, "ends": ends})
+    meta = {name: value for name, value in vars(args).items() if name not in ("run", "device")}
+    meta |= {"round": state["round"] + 1, "seen": state["seen"] + N, "num_prompts": N}
+    content = repr([meta, [(prompt["id"], prompt["responses"].tolist()) for prompt in prompts]])
+    meta["id"] = hashlib.sha256(content.encode()).hexdigest()[:12]
+    save_stage(args.run, "rollouts", meta, prompts)
+
+    # 5. Show.
+    print(f"\nRound {meta['round']}: {N} prompts, {K} responses each, sampled at {speed:.0f} tokens/s"
+          f" -> {args.run}/rollouts.pt\n  {prompts[0]['prompt']}\n  wanted   {prompts[0]['reference']}")
+    for text in prompts[0]["texts"]:
+        print(f"  sampled  {text}")
+
+if __name__ == "__main__":
+    run_stage(main, parse_args())

@@ -1,0 +1,113 @@
+"""Stage 2: how surprised was the model by each of its own tokens?
+
+Surprisal is -log pi_old(token | prompt, tokens before): near 0 where the model had no choice, high
+where it decided. Stage 3 looks for the forks there. Sampling cut the distribution at top-p 0.9;
+surprisal is that of the full softmax at temperature 1 (step 1).
+
+The K responses share their prompt, most of it audio, and often their beginnings. Laid out as a
+trie, each shared beginning once, they need one forward pass in which a token sees the prompt and
+its own ancestors. The result is that of K separate passes.
+
+Reads   RUN/rollouts.pt, the model, RUN/adapter if there
+Writes  RUN/surprisal.pt, per prompt, each (K, T) float32 in nats, 0 at padding: logp_old under the
+        policy that sampled; logp_ref under the reference, the same model with its LoRA switched
+        off; surprisal = -logp_old
+Run     python 02_surprisal.py                                   demo, 2 cores: about 10 s
+"""
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sampling = import_module("01_sample")
+
+def build_trie(responses, lengths):
+    """Lay K responses out as a trie in which a shared beginning stands once, parents first.
+
+    responses (K, T) and lengths (K,) int64 -> tokens (M,), parents (M,) with -1 for the prompt,
+    depths (M,) counted from 0, and node (K, T): the trie index of every token, 0 at padding.
+
+    >>> tokens, parents, depths, node = build_trie(
+    ...     torch.tensor([[5, 6, 7], [5, 6, 8], [9, 0, 0]]), torch.tensor([3, 3, 1]))
+    >>> tokens.tolist(), parents.tolist(), depths.tolist()
+    ([5, 6, 7, 8, 9], [-1, 0, 1, 1, -1], [0, 1, 2, 2, 0])
+    >>> node.tolist()
+    [[0, 1, 2], [0, 1, 3], [4, 0, 0]]
+    """
+    index, depths = {}, []  # (parent, token) -> trie index, in order of first appearance
+    node = torch.zeros_like(responses)
+    for i, (row, length) in enumerate(zip(responses.tolist(), lengths.tolist())):
+        parent = -1
+        for t in range(length):
+            if (parent, row[t]) not in index:
+                index[parent, row[t]] = len(index)
+                depths.append(t)
+            parent = index[parent, row[t]]
+            node[i, t] = parent
+    parents, tokens = torch.tensor(list(index)).T
+    return tokens, parents, torch.tensor(depths), node
+
+def trie_mask(parents, depths, P):
+    """(P + M, P + M) bool, True where the row may see the column: the prompt is causal; a trie token
+    sees the prompt, its ancestors and itself."""
+    M = len(parents)
+    mask = torch.ones(P + M, P + M, dtype=torch.bool).tril()
+    mask[P:, P:] = torch.eye(M)
+    for depth in range(1, int(depths.max()) + 1):  # what its parent sees, and itself
+        level = (depths == depth).nonzero().squeeze(1)
+        mask[P + level, P:] |= mask[P + parents[level], P:]
+    return mask
+
+def trie_logps(model, embeds, tokens, parents, depths):
+    """Log-probability of each trie token given prompt and ancestors, (M,) float32 in nats.
+
+    embeds (P, D); tokens, parents, depths (M,) as build_trie makes them. One forward pass with
+    gradients where they are enabled; equal to K separate passes up to rounding.
+    """
+    P, device = len(embeds), model.device
+    mask = trie_mask(parents, depths, P).to(device)
+    tokens, parents, depths = tokens.to(device), parents.to(device), depths.to(device)
+    embed = model.get_input_embeddings()
+    row = torch.cat([embeds.to(device, embed.weight.dtype), embed(tokens)])  # (P + M, D)
+    positions = torch.cat([torch.arange(P, device=device), P + depths])
+    hidden = model.get_decoder()(inputs_embeds=row[None], attention_mask=mask[None, None],
+                                 position_ids=positions[None], use_cache=False).last_hidden_state[0]
+    # A token is predicted where its parent stands; parent -1 is the last position of the prompt.
+    logits = sampling.logits_of(model, hidden[P + parents])  # (M, V)
+    return -F.cross_entropy(logits, tokens, reduction="none")
+
+@torch.inference_mode()
+def main(args):
+    # 1. The responses, and the policy that sampled them.
+    rollouts = sampling.load_stage(args.run, "rollouts")
+    meta, adapter = rollouts["meta"], sampling.read_state(args.run, rollouts["meta"])["adapter"]
+    model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
+
+    # 2. One pass over each prompt's trie; once there is a LoRA, a second one without it.
+    prompts, total, distinct = [], 0, 0
+    for prompt in tqdm(rollouts["prompts"], desc="scoring", unit="prompt"):
+        tokens, parents, depths, node = build_trie(prompt["responses"], prompt["lengths"])
+        mask = torch.arange(node.shape[1]) < prompt["lengths"][:, None]  # (K, T)
+        logp_old = logp_ref = trie_logps(model, prompt["embeds"], tokens, parents, depths).cpu()
+        if adapter:
+            with model.disable_adapter():
+                logp_ref = trie_logps(model, prompt["embeds"], tokens, parents, depths).cpu()
+        prompts.append({name: values[node].masked_fill(~mask, 0.0) for name, values in
+                        (("logp_old", logp_old), ("logp_ref", logp_ref), ("surprisal", -logp_old))})
+        total, distinct = total + int(mask.sum()), distinct + len(tokens)
+
+    # 3. Write.
+    sampling.save_stage(args.run, "surprisal", meta, prompts)
+
+    # 4. Show: the first prompt's responses, one character a token.
+    mean = sum(prompt["surprisal"].sum().item() for prompt in prompts) / total
+    print(f"\n{total} tokens, {distinct} of them once shared beginnings count once; mean surprisal "
+          f"{mean:.2f} nats -> {args.run}/surprisal.pt\n  a token:  . below 0.1   - below 0.5   "
+          "+ below 1.5   # above")
+    first, steps = rollouts["prompts"][0], torch.tensor([0.1, 0.5, 1.5])
+    for nats, length, text in zip(prompts[0]["surprisal"], first["lengths"], first["texts"]):
+        print("  " + "".join(".-+#"[level] for level in torch.bucketize(nats[:length], steps)), text)
+
+if __name__ == "__main__":
+    sampling.run_stage(main, sampling.stage_parser(__doc__).parse_args())

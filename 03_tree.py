@@ -1,0 +1,160 @@
+"""Stage 3: where did the K responses part ways?
+
+Where the model was most surprised, it decided. The positions of highest surprisal become fork
+boundaries, one set per prompt; at each of them the responses with the same beginning form a node.
+The nodes make K independent responses a tree. Nothing branched while sampling.
+
+Reads   RUN/rollouts.pt, RUN/surprisal.pt
+Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending token positions; nodes, the
+        groups of two or more responses: boundary (M,) int64, members (M, K) bool
+Run     python 03_tree.py                                        demo: about 3 s
+        python 03_tree.py --fork-budget 4 --show 7               more forks, another prompt's tree
+"""
+from importlib import import_module
+
+import torch
+
+sampling = import_module("01_sample")
+
+def fork_distance(lengths, B):
+    """D, the least distance of two boundaries: B of them, spread over the shortest response."""
+    return max(2, int(min(lengths)) // (B + 1))
+
+def select_boundaries(surprisal, lengths, B):
+    """Step 2: up to B positions of highest surprisal, D or more apart, ascending (list of int).
+
+    surprisal (K, T) nats, lengths (K,). A boundary b cuts between the tokens b-1 and b.
+
+    >>> select_boundaries(torch.tensor([[0.1, 0.2, 3.0, 2.0, 0.1, 1.0]]), torch.tensor([6]), B=2)
+    [2, 5]
+    """
+    candidates = [(-nats, i, b) for i, row in enumerate(surprisal.tolist())
+                  for b, nats in enumerate(row[:int(lengths[i])]) if b >= 1]
+    boundaries = []
+    for _, _, b in sorted(candidates):  # highest surprisal first; ties: lower i, then lower b
+        if len(boundaries) == B:
+            break
+        if all(abs(b - kept) >= fork_distance(lengths, B) for kept in boundaries):
+            boundaries.append(b)
+    return sorted(boundaries)
+
+def group_prefixes(responses, lengths, boundary):
+    """Step 3: the responses that share their first `boundary` tokens, groups of two or more.
+
+    responses (K, T), lengths (K,) -> list of lists of int, in order of their first member. A
+    response that ends before the boundary is grouped by all of its tokens.
+
+    >>> group_prefixes(torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 0]]), torch.tensor([3, 3, 2]), 2)
+    [[0, 1]]
+    """
+    groups = {}
+    for i, (row, length) in enumerate(zip(responses.tolist(), lengths.tolist())):
+        groups.setdefault(tuple(row[:min(boundary, length)]), []).append(i)
+    return [members for members in groups.values() if len(members) > 1]
+
+def unpack_tree(found):
+    """One prompt of tree.pt as select_boundaries and group_prefixes gave it: boundaries, groups."""
+    boundaries, nodes = found["boundaries"].tolist(), found["nodes"]
+    members = [row.nonzero().squeeze(1).tolist() for row in nodes["members"]]
+    groups = [[group for at, group in zip(nodes["boundary"].tolist(), members) if at == b]
+              for b in boundaries]
+    return boundaries, groups
+
+# The picture, in 04 with the credit of each span.
+
+def tree_rows(boundaries, groups, lengths):
+    """The tree in the order it is drawn: a list of (branch, members, k, start, end).
+
+    branch is the line drawing in front; members share the tokens start..end, the k-th span of
+    each. Several members are a node, a single one is an ending; a response that was sampled twice
+    may end inside its node and then has an ending without tokens.
+    """
+    rows = []
+
+    def grow(members, k, start, indent, levels):
+        waiting = list(members)
+        while waiting:
+            first, length = waiting[0], int(lengths[waiting[0]])
+            nodes = [group for group in (levels[0][1] if levels else []) if first in group]
+            group = nodes[0] if nodes else [first]
+            waiting = [i for i in waiting if i not in group]
+            end = min(levels[0][0], length) if nodes else length
+            rows.append((indent + ("├─ " if waiting else "└─ "), group, k, start, end))
+            if nodes:
+                grow(group, k + 1, end, indent + ("│  " if waiting else "   "), levels[1:])
+
+    grow(range(len(lengths)), 0, 0, "", list(zip(boundaries, groups)))
+    return rows
+
+def spelled(prompt, i, start, end, width):
+    """Tokens start..end of response i as one line of text, its middle left out beyond `width`."""
+    if "ends" in prompt:
+        first, last = (int(prompt["ends"][i, t - 1]) if t else 0 for t in (start, end))
+        text = prompt["texts"][i][first:last]
+    else:  # rollouts made elsewhere: token ids stand for the text
+        text = " ".join(map(str, prompt["responses"][i, start:end].tolist()))
+    text = "".join(c if c.isprintable() else "·" for c in text) or "(end)"
+    return text if len(text) <= width else f"{text[:width // 2]}…{text[-((width - 1) // 2):]}"
+
+def draw_tree(prompt, boundaries, groups, heading, columns, width=58):
+    """Print one prompt's tree; columns(members, k, start) is the text to the right of a span."""
+    print(f"\n{prompt['prompt']}\n  wanted: {prompt['reference']}\n\n{'':{width}}{heading}")
+    for branch, members, k, start, end in tree_rows(boundaries, groups, prompt["lengths"]):
+        text = branch + spelled(prompt, members[0], start, end, max(12, width - len(branch) - 2))
+        print(f"{text:{width}}{columns(members, k, start)}".rstrip())
+
+def shown(prompts, number):
+    """prompts[number], for --show."""
+    if not 0 <= number < len(prompts):
+        raise sampling.BadInput(f"--show is {number}, but the prompts are 0 to {len(prompts) - 1}")
+    return prompts[number]
+
+def parse_args():
+    parser = sampling.stage_parser(__doc__, device=False)
+    parser.add_argument("--fork-budget", type=int, default=2, help="B, most boundaries per prompt")
+    parser.add_argument("--show", type=int, default=0, help="number of the prompt to draw")
+    args = parser.parse_args()
+    if args.fork_budget < 0:
+        parser.error(f"--fork-budget is {args.fork_budget}, it must be at least 0")
+    return args
+
+def main(args):
+    # 1. The responses and their surprisal.
+    rollouts = sampling.load_stage(args.run, "rollouts")
+    surprisal = sampling.load_stage(args.run, "surprisal", rollouts)
+    prompt, B = shown(rollouts["prompts"], args.show), args.fork_budget
+
+    # 2. Boundaries and nodes of every prompt.
+    prompts = []
+    for rollout, scored in zip(rollouts["prompts"], surprisal["prompts"]):
+        boundaries = select_boundaries(scored["surprisal"], rollout["lengths"], B)
+        nodes = [(b, members) for b in boundaries
+                 for members in group_prefixes(rollout["responses"], rollout["lengths"], b)]
+        is_member = torch.zeros(len(nodes), len(rollout["lengths"]), dtype=torch.bool)
+        for row, (_, members) in zip(is_member, nodes):
+            row[members] = True
+        at = torch.tensor([b for b, _ in nodes], dtype=torch.int64)
+        prompts.append({"boundaries": torch.tensor(boundaries, dtype=torch.int64),
+                        "nodes": {"boundary": at, "members": is_member}})
+
+    # 3. Write.
+    sampling.save_stage(args.run, "tree", {**rollouts["meta"], "fork_budget": B}, prompts)
+
+    # 4. Show.
+    count = sum(len(found["nodes"]["boundary"]) for found in prompts) / len(prompts)
+    print(f"{len(prompts)} prompts, {count:.1f} nodes each -> {args.run}/tree.pt")
+    nats = surprisal["prompts"][args.show]["surprisal"]
+    rewards = import_module("04_advantage").prompt_rewards(prompt)  # looks ahead, for the picture
+
+    def columns(members, k, start):
+        i = members[0]
+        decided = f"{nats[i, start]:9.2f}" if start < prompt["lengths"][i] else ""
+        return f"{decided:9}" + (f"{rewards[i]:9.2f}" if len(members) == 1 else f"{len(members):5} share it")
+
+    boundaries, groups = unpack_tree(prompts[args.show])
+    draw_tree(prompt, boundaries, groups, "surprisal   reward", columns)
+    print(f"\nForks before the tokens {boundaries}, {fork_distance(prompt['lengths'], B)} or more apart. "
+          "Surprisal, in nats, is\nthat of a span's first token, the one that was decided there.")
+
+if __name__ == "__main__":
+    sampling.run_stage(main, parse_args())

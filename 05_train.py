@@ -1,0 +1,184 @@
+"""Stage 5: one epoch of policy gradient over this round's rollouts.
+
+The loss is GRPO's clipped surrogate with a KL term; LEAF changes only the advantage of each token.
+`--method grpo` trains on the same files with the other advantages. Only a LoRA on the language
+model learns; the KL's reference is the model without it, scored in stage 2, so no second copy is
+held. As there, a prompt is one row, its trie: what K responses share is computed once.
+
+Reads   RUN/rollouts.pt, RUN/surprisal.pt, RUN/advantages.pt, the model, RUN/adapter if there
+Writes  RUN/adapter/, a PEFT adapter with optimizer.pt and training.json; RUN/train.csv, a row per
+        optimizer step
+Run     python 05_train.py                                       demo, 2 cores: about 15 s
+        python 05_train.py --method grpo --run runs/grpo         in a copy of the run's folder
+
+Differs from the paper: the learning rate is constant, unless --total-steps says how long training
+will be; then 5% warm-up and a cosine to 10%, as in the paper.
+"""
+import io
+import json
+import math
+import shutil
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sampling = import_module("01_sample")
+scoring = import_module("02_surprisal")
+
+def reference_kl(logp, logp_ref):
+    """k3: an estimate, never negative, of KL(policy | reference) per token, in nats."""
+    return torch.exp(logp_ref - logp) - (logp_ref - logp) - 1
+
+def policy_loss(logp, logp_old, logp_ref, advantages, mask, clip_eps, kl_weight):
+    """Step 7: clipped surrogate plus KL; mean over a response's tokens, then over responses.
+
+    logp, logp_old, logp_ref, advantages (K, T) float32; mask (K, T) bool, True at tokens, the EOS
+    included. Returns a scalar to minimise.
+    """
+    ratio = torch.exp(logp - logp_old)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    loss = (kl_weight * reference_kl(logp, logp_ref) - surrogate) * mask
+    return (loss.sum(dim=1) / mask.sum(dim=1)).mean()
+
+def learning_rate(step, total_steps, peak):
+    """Constant if total_steps is 0, else 5% linear warm-up and a cosine to 10% of the peak."""
+    if total_steps == 0:
+        return peak
+    warm_up = math.ceil(0.05 * total_steps)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    done = min(1.0, (step - warm_up) / max(1, total_steps - warm_up))
+    return peak * (0.55 + 0.45 * math.cos(math.pi * done))
+
+def load_policy(meta, adapter, args):
+    """The model with the LoRA to train: RUN/adapter, or in the first round one that changes nothing."""
+    from peft import LoraConfig, get_peft_model
+    lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
+    if adapter:
+        has = {name: getattr(model.peft_config["default"], name) for name in lora}
+        if has != lora:
+            raise sampling.BadInput(f"{adapter} has {has}, but the options say {lora}: give the same "
+                                    "--lora options in every round")
+    else:
+        decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
+        linear = rf"{decoder}\..*\.(q|k|v|o|gate|up|down)_proj"  # a pattern, so as to spare the encoder
+        model = get_peft_model(model, LoraConfig(target_modules=linear, **lora))
+    for name, part in model.named_modules():  # dropout in ours only, all else stays in eval mode
+        if name.endswith("lora_dropout.default"):
+            part.train()
+    return model
+
+def save_adapter(run, model, optimizer, state):
+    """Replace RUN/adapter as a whole: its weights, optimizer and round always belong together."""
+    folder, part, previous = (Path(run) / f"adapter{end}" for end in ("", ".part", ".previous"))
+    for leftover in (part, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)  # an empty model card
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        sampling.write_file(part / "optimizer.pt", buffer.getbuffer())
+        sampling.write_file(part / "training.json", json.dumps(state, indent=1).encode())
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise sampling.BadInput(f"cannot write {folder}: {error}") from error
+    if folder.exists():
+        folder.rename(previous)
+    part.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+def append_csv(path, rows):
+    """Add rows (dicts with the same keys) to a CSV file; a row that is there already is not added."""
+    path = Path(path)
+    lines = path.read_text().splitlines() if path.exists() else [",".join(rows[0])]
+    lines += [line for row in rows if (line := ",".join(map(str, row.values()))) not in lines]
+    sampling.write_file(path, "\n".join([*lines, ""]).encode())
+
+def print_table(rows):
+    """Print rows (dicts with the same keys) under their keys."""
+    for row in [dict(zip(rows[0], rows[0])), *rows]:
+        print("".join(f"{value:>{max(9, len(name) + 2)}}" for name, value in row.items()))
+
+def parse_args():
+    parser = sampling.stage_parser(__doc__)
+    add, count = parser.add_argument, sampling.at_least_one
+    add("--method", default="leaf", choices=["leaf", "grpo"], help="whose advantages to train on")
+    add("--prompts-per-step", type=count, default=4, help="prompts per optimizer step")
+    add("--learning-rate", type=float, default=3e-4, help="its peak")
+    add("--total-steps", type=int, default=0, help="steps of all rounds together; 0: constant rate")
+    add("--lora-rank", type=count, default=16, help="rank of the LoRA")
+    add("--lora-alpha", type=count, default=32, help="the LoRA is scaled by alpha / rank")
+    add("--lora-dropout", type=float, default=0.0, help="dropout before the LoRA")
+    add("--clip-eps", type=float, default=0.2, help="the ratio is clipped to 1 -+ this")
+    add("--kl-weight", type=float, default=0.02, help="weight of the KL to the reference")
+    add("--max-grad-norm", type=float, default=1.0, help="longest gradient")
+    return parser.parse_args()
+
+def main(args):
+    # 1. The files of this round.
+    rollouts = sampling.load_stage(args.run, "rollouts")
+    scores = sampling.load_stage(args.run, "surprisal", rollouts)["prompts"]
+    credits = sampling.load_stage(args.run, "advantages", rollouts)["prompts"]
+    meta, prompts = rollouts["meta"], rollouts["prompts"]
+
+    # 2. The policy and its optimizer, as the last round left them.
+    state = sampling.read_state(args.run, meta)
+    adapter, step = state["adapter"], state["step"]
+    torch.manual_seed(1000 * meta["seed"] + meta["round"])
+    model = load_policy(meta, adapter, args)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
+    if adapter:
+        optimizer.load_state_dict(torch.load(adapter / "optimizer.pt", weights_only=True))
+
+    # 3. One epoch: a few prompts a step, one trie a prompt.
+    rows, bar = [], tqdm(total=len(prompts), desc=f"training, {args.method}", unit="prompt")
+    for start in range(0, len(prompts), args.prompts_per_step):
+        began = time.time()
+        batch = list(zip(prompts, scores, credits))[start:start + args.prompts_per_step]
+        kl, moved = [], []  # per token
+        for prompt, score, earned in batch:
+            tokens, parents, depths, node = scoring.build_trie(prompt["responses"], prompt["lengths"])
+            mask = torch.arange(node.shape[1]) < prompt["lengths"][:, None]  # (K, T), EOS included
+            logp = scoring.trie_logps(model, prompt["embeds"], tokens, parents, depths).cpu()[node]
+            loss = policy_loss(logp, score["logp_old"], score["logp_ref"], earned[args.method], mask,
+                               args.clip_eps, args.kl_weight)
+            (loss / len(batch)).backward()
+            logp = logp.detach()[mask]
+            kl.append(reference_kl(logp, score["logp_ref"][mask]))
+            moved.append(torch.exp(logp - score["logp_old"][mask]) - 1)
+            bar.update()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.total_steps, args.learning_rate)
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        rewards, lengths = (torch.cat([part[k][name] for part in batch]).float().mean().item()
+                            for k, name in ((2, "rewards"), (0, "lengths")))
+        alike = sum(len(set(part[2]["rewards"].tolist())) == 1 for part in batch) / len(batch)
+        rows.append({
+            "round": meta["round"], "step": step, "method": args.method, "reward": f"{rewards:.4f}",
+            "alike": f"{alike:.2f}", "kl": f"{torch.cat(kl).mean():.5f}",
+            "clipped": f"{(torch.cat(moved).abs() > args.clip_eps).float().mean():.4f}",
+            "length": f"{lengths:.1f}", "grad_norm": f"{grad_norm:.3f}",
+            "seconds": f"{time.time() - began:.2f}"})
+    bar.close()
+
+    # 4. Write.
+    kept = {name: meta[name] for name in ("round", "seen", "model", "system_prompt", "raw_prompt")}
+    save_adapter(args.run, model, optimizer, {**kept, "step": step, "method": args.method})
+    append_csv(Path(args.run) / "train.csv", rows)
+
+    # 5. Show.
+    print_table(rows)
+    print(f"Round {meta['round']} trained -> {args.run}/adapter, {args.run}/train.csv")
+
+if __name__ == "__main__":
+    sampling.run_stage(main, parse_args())
