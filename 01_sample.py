@@ -96,7 +96,7 @@ def read_state(run, meta=None):
         try:
             state |= {**json.loads((folder / "training.json").read_text()), "adapter": folder}
         except (OSError, ValueError) as error:
-            raise BadInput(f"{folder} has no whole training.json: move it away to start anew") from error
+            raise BadInput(f"{folder} has no whole training.json: move it away") from error
     if meta and meta["round"] != state["round"] + 1:
         raise BadInput(f"{run}/rollouts.pt is of round {meta['round']}, but {folder} is trained up "
                        f"to round {state['round']}: run 01_sample.py for the next round")
@@ -156,8 +156,7 @@ def load_audio(path, rate, max_seconds=math.inf):
         raise BadInput(f"{path} is corrupt, or no recording (wav, flac, ogg, mp3)") from error
     wave = torch.from_numpy(wave).mean(dim=1)  # (S,)
     if len(wave) == 0 or not wave.isfinite().all():
-        raise BadInput(f"{path} is empty or corrupt: {wave.isfinite().sum()} of {len(wave)} samples are "
-                       "numbers")
+        raise BadInput(f"{path} is empty or corrupt: {len(wave)} samples, {wave.isfinite().sum()} good")
     if len(wave) > max_seconds * file_rate:
         raise BadInput(f"{path} lasts {len(wave) / file_rate:.1f} s, but the model hears only "
                        f"{max_seconds:g} s: shorten it or leave it out")
@@ -194,7 +193,12 @@ def load_model(model, adapter=None, device="cpu", hear=True):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    try:
+        dtype = torch.float32 if torch.empty(0, device=device).device.type == "cpu" else torch.bfloat16
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"torch finds no --device {device} here: take --device cpu") from error
+    if not Path(model).is_dir() and model.count("/") != 1:  # no folder, and no hub name either
+        raise BadInput(f"there is no model folder {model}")
     try:
         processor = transformers.AutoProcessor.from_pretrained(model) if hear else None
         lm = transformers.AutoModelForMultimodalLM.from_pretrained(
@@ -226,16 +230,16 @@ def logits_of(model, hidden):
     return model.get_output_embeddings()(hidden).float() / scale
 
 def render_prompt(processor, prompt, system_prompt="", raw=False):
-    """The text for the model, with its audio placeholder where the prompt says <audio>, or first."""
+    """The text for the model, its audio placeholder where the prompt says <audio>, or first."""
     before, after = prompt.split("<audio>") if "<audio>" in prompt else ("", prompt)
     marks = (getattr(processor, f"audio_{end}_token", "") for end in ("bos", "eos"))
     whole = before + processor.audio_token.join(marks) + after
     template = processor.chat_template or processor.tokenizer.chat_template
     if raw or not template:
         return system_prompt + whole
-    if "'audio'" in template or '"audio"' in template:  # this template writes the placeholder itself
-        whole = [{"type": "text", "text": before}, {"type": "audio"}, {"type": "text", "text": after}]
-        whole = whole if before else whole[1:]
+    if "'audio'" in template or '"audio"' in template:  # it writes the placeholder itself
+        texts = [[{"type": "text", "text": text}] if text else [] for text in (before, after)]
+        whole = texts[0] + [{"type": "audio"}] + texts[1]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return processor.tokenizer.apply_chat_template(
         [*system, {"role": "user", "content": whole}], chat_template=template, tokenize=False,
@@ -275,7 +279,7 @@ def embed_examples(model, processor, examples, system_prompt, raw):
 # Sampling.
 
 def choose_tokens(logits, temperature, top_p):
-    """One token per row of logits (R, V), from the top-p nucleus; at temperature 0 the likeliest."""
+    """A token per row of logits (R, V), from the top-p nucleus; at temperature 0 the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
@@ -284,11 +288,15 @@ def choose_tokens(logits, temperature, top_p):
 
 @torch.inference_mode()
 def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
-    """K sampled responses to each of N prompts, all N K rows decoded together.
+    """K sampled responses to each of N prompts, all decoded together from one prefill per prompt.
 
     embeds: N tensors (P_i, D). Returns N pairs: responses (K, T) int64, 0 at padding, T the longest
     of the K; lengths (K,) int64. A response ends with an EOS token unless max_new_tokens cut it.
     The draws are those of torch's global random generator.
+
+    The K responses share their prompt's row of the cache: a step feeds K tokens to it, and the mask
+    shows each its prompt and its own response. Repeating the cache K times would give the same, and
+    copy the prompt, most of it audio, K times a step.
     """
     decoder, embed, device = model.get_decoder(), model.get_input_embeddings(), model.device
     eos = torch.tensor(model.generation_config.eos_token_id, device=device)
@@ -296,34 +304,36 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
 
     # Prefill each prompt once, padded on the left so that all end in the same column.
     inputs = torch.stack([F.pad(e.to(device), (0, 0, P - len(e), 0)) for e in embeds])  # (N, P, D)
-    starts = torch.tensor([P - len(e) for e in embeds], device=device)
-    mask = torch.arange(P, device=device) >= starts[:, None]  # (N, P)
-    out = decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=True,
-                  position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0))
-    cache, mask = out.past_key_values, mask.repeat_interleave(K, dim=0)  # (N K, P)
-    cache.batch_repeat_interleave(K)
-    logits = logits_of(model, out.last_hidden_state[:, -1]).repeat_interleave(K, dim=0)
+    positions = torch.arange(P, device=device) - torch.tensor([[P - len(e)] for e in embeds],
+                                                              device=device)  # (N, P)
+    mask = positions >= 0
+    out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions.clamp(min=0),
+                  use_cache=True)
+    cache, position = out.past_key_values, positions[:, -1:].expand(N, K)
+    logits = logits_of(model, out.last_hidden_state[:, -1:]).expand(N, K, -1)
+    sees = mask[:, None].expand(N, K, P)  # which column of the cache each response may look at
 
-    responses = torch.zeros(N * K, max_new_tokens, dtype=torch.int64, device=device)
-    lengths = torch.full((N * K,), max_new_tokens, device=device)
-    rows = torch.arange(N * K, device=device)  # the responses still being written
+    responses = torch.zeros(N, K, max_new_tokens, dtype=torch.int64, device=device)
+    lengths = torch.zeros(N, K, dtype=torch.int64, device=device)
+    going = torch.ones(N, K, dtype=torch.bool, device=device)
+    prompts, own = torch.arange(N, device=device), torch.eye(K, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        tokens = choose_tokens(logits, temperature, top_p)  # (R,)
-        responses[rows, t] = tokens
-        ended = torch.isin(tokens, eos)
-        if ended.any():  # they leave the batch, cache and all
-            lengths[rows[ended]] = t + 1
-            going = (~ended).nonzero().squeeze(1)
-            rows, tokens, mask = rows[going], tokens[going], mask[going]
-            cache.batch_select_indices(going)
-        if len(rows) == 0 or t + 1 == max_new_tokens:
+        tokens = choose_tokens(logits.flatten(0, 1), temperature, top_p).view(-1, K)
+        responses[prompts, :, t] = tokens * going[prompts]
+        lengths[prompts] += going[prompts]
+        going[prompts] &= ~torch.isin(tokens, eos)
+        on = going[prompts].any(dim=1).nonzero().squeeze(1)
+        if len(on) == 0 or t + 1 == max_new_tokens:
             break
-        mask = F.pad(mask, (0, 1), value=True)
-        out = decoder(inputs_embeds=embed(tokens)[:, None], attention_mask=mask, use_cache=True,
-                      position_ids=mask.sum(dim=1, keepdim=True) - 1, past_key_values=cache)
-        logits = logits_of(model, out.last_hidden_state[:, -1])
+        if len(on) < len(prompts):  # prompts whose responses have all ended leave the batch
+            prompts, tokens, sees, position = prompts[on], tokens[on], sees[on], position[on]
+            cache.batch_select_indices(on)
+        sees, position = torch.cat([sees, own.expand(len(on), K, K)], dim=2), position + 1
+        out = decoder(inputs_embeds=embed(tokens), attention_mask=sees[:, None],
+                      position_ids=position, past_key_values=cache, use_cache=True)
+        logits = logits_of(model, out.last_hidden_state)  # (N still going, K, V)
 
-    responses, lengths = responses.view(N, K, -1).cpu(), lengths.view(N, K).cpu()
+    responses, lengths = responses.cpu(), lengths.cpu()
     # subtle: clone, or torch.save writes the whole batch with every slice of it
     return [(responses[n, :, :lengths[n].max()].clone(), lengths[n].clone()) for n in range(N)]
 
@@ -345,7 +355,8 @@ def spell(tokenizer, responses, lengths):
     for row, end, length in zip(responses, ends, lengths.tolist()):
         so_far = [tokenizer.decode(row[:t + 1], skip_special_tokens=True) for t in range(length)]
         texts.append(so_far[-1])
-        end[:length] = torch.tensor([len(os.path.commonprefix([text, texts[-1]])) for text in so_far])
+        shared = [len(os.path.commonprefix([text, texts[-1]])) for text in so_far]
+        end[:length] = torch.tensor(shared)
     return texts, ends
 
 def next_slice(total, start, count, seed):
@@ -355,11 +366,13 @@ def next_slice(total, start, count, seed):
         order += random.Random(f"{seed} {epoch}").sample(range(total), total)
     return order[start:start + count]
 
-def at_least_one(text):
-    """An argparse type."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"it is {text}, it must be at least 1")
-    return int(text)
+def limited(kind, low, high=math.inf):
+    """An argparse type: an int or a float from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    return number
 
 def stage_parser(doc, device=True):
     """An argument parser with the options that mean the same in every stage."""
@@ -376,12 +389,12 @@ def parse_args():
     add = parser.add_argument
     add("--manifest", default="tests/demo/train.jsonl", help="JSON lines: audio, prompt, reference")
     add("--model", default="tests/demo/model", help="folder or hub name of a speech LLM")
-    add("--num-prompts", type=at_least_one, default=64, help="N, prompts in this round")
-    add("--num-responses", type=at_least_one, default=8, help="K, responses per prompt")
-    add("--max-new-tokens", type=at_least_one, default=200, help="longest response")
-    add("--temperature", type=float, default=1.0, help="of the sampling")
-    add("--top-p", type=float, default=0.9, help="nucleus of the sampling")
-    add("--prompts-per-batch", type=at_least_one, default=16, help="prompts decoded together")
+    add("--num-prompts", type=limited(int, 1), default=64, help="N, prompts in this round")
+    add("--num-responses", type=limited(int, 1), default=8, help="K, responses per prompt")
+    add("--max-new-tokens", type=limited(int, 1), default=200, help="longest response")
+    add("--temperature", type=limited(float, 0), default=1.0, help="of the sampling")
+    add("--top-p", type=limited(float, 0.001, 1), default=0.9, help="nucleus of the sampling")
+    add("--prompts-per-batch", type=limited(int, 1), default=16, help="prompts decoded together")
     add("--system-prompt", default="", help="fixes what a template fills with today's date")
     add("--raw-prompt", action="store_true", help="leave the model's chat template out")
     add("--seed", type=int, default=0, help="of the order of the prompts and of the sampling")
@@ -391,7 +404,7 @@ def main(args):
     # 1. The prompts of this round: the next slice of the shuffled manifest.
     manifest, state = read_manifest(args.manifest), read_state(args.run)
     if args.model != state.get("model", args.model):
-        raise BadInput(f"{state['adapter']} was trained on --model {state['model']}, not {args.model}")
+        raise BadInput(f"{state['adapter']} is of --model {state['model']}, not {args.model}")
     N, K = min(args.num_prompts, len(manifest)), args.num_responses
     examples = [manifest[n] for n in next_slice(len(manifest), state["seen"], N, args.seed)]
 
@@ -421,8 +434,8 @@ def main(args):
     save_stage(args.run, "rollouts", meta, prompts)
 
     # 5. Show.
-    print(f"\nRound {meta['round']}: {N} prompts, {K} responses each, sampled at {speed:.0f} tokens/s"
-          f" -> {args.run}/rollouts.pt\n  {prompts[0]['prompt']}\n  wanted   {prompts[0]['reference']}")
+    print(f"\nRound {meta['round']}: {N} prompts, {K} responses each, {speed:.0f} tokens/s "
+          f"-> {args.run}/rollouts.pt\n  {examples[0]['prompt']}\n  wanted   {examples[0]['reference']}")
     for text in prompts[0]["texts"]:
         print(f"  sampled  {text}")
 

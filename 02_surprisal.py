@@ -49,8 +49,8 @@ def build_trie(responses, lengths):
     return tokens, parents, torch.tensor(depths), node
 
 def trie_mask(parents, depths, P):
-    """(P + M, P + M) bool, True where the row may see the column: the prompt is causal; a trie token
-    sees the prompt, its ancestors and itself."""
+    """(P + M, P + M) bool, True where the row's position sees the column's: the prompt is causal;
+    a trie token sees the prompt, its ancestors and itself."""
     M = len(parents)
     mask = torch.ones(P + M, P + M, dtype=torch.bool).tril()
     mask[P:, P:] = torch.eye(M)
@@ -62,19 +62,18 @@ def trie_mask(parents, depths, P):
 def trie_logps(model, embeds, tokens, parents, depths):
     """Log-probability of each trie token given prompt and ancestors, (M,) float32 in nats.
 
-    embeds (P, D); tokens, parents, depths (M,) as build_trie makes them. One forward pass with
+    embeds (P, D); tokens, parents, depths (M,) as build_trie makes them. One forward pass, with
     gradients where they are enabled; equal to K separate passes up to rounding.
     """
-    P, device = len(embeds), model.device
-    mask = trie_mask(parents, depths, P).to(device)
-    tokens, parents, depths = tokens.to(device), parents.to(device), depths.to(device)
-    embed = model.get_input_embeddings()
+    P, embed = len(embeds), model.get_input_embeddings()
+    device = embed.weight.device  # subtle: not model.device, the audio tower's, which stays behind
+    positions = torch.cat([torch.arange(P), P + depths]).to(device)
+    mask, tokens = trie_mask(parents, depths, P).to(device), tokens.to(device)
     row = torch.cat([embeds.to(device, embed.weight.dtype), embed(tokens)])  # (P + M, D)
-    positions = torch.cat([torch.arange(P, device=device), P + depths])
     hidden = model.get_decoder()(inputs_embeds=row[None], attention_mask=mask[None, None],
                                  position_ids=positions[None], use_cache=False).last_hidden_state[0]
     # A token is predicted where its parent stands; parent -1 is the last position of the prompt.
-    logits = sampling.logits_of(model, hidden[P + parents])  # (M, V)
+    logits = sampling.logits_of(model, hidden[P + parents.to(device)])  # (M, V)
     return -F.cross_entropy(logits, tokens, reduction="none")
 
 @torch.inference_mode()
@@ -102,9 +101,8 @@ def main(args):
 
     # 4. Show: the first prompt's responses, one character a token.
     mean = sum(prompt["surprisal"].sum().item() for prompt in prompts) / total
-    print(f"\n{total} tokens, {distinct} of them once shared beginnings count once; mean surprisal "
-          f"{mean:.2f} nats -> {args.run}/surprisal.pt\n  a token:  . below 0.1   - below 0.5   "
-          "+ below 1.5   # above")
+    print(f"\n{total} tokens, {distinct} when shared beginnings count once; mean surprisal {mean:.2f} "
+          f"nats -> {args.run}/surprisal.pt\n  a token:  . < 0.1   - < 0.5   + < 1.5   # above")
     first, steps = rollouts["prompts"][0], torch.tensor([0.1, 0.5, 1.5])
     for nats, length, text in zip(prompts[0]["surprisal"], first["lengths"], first["texts"]):
         print("  " + "".join(".-+#"[level] for level in torch.bucketize(nats[:length], steps)), text)

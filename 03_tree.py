@@ -10,6 +10,7 @@ Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending token posit
 Run     python 03_tree.py                                        demo: about 3 s
         python 03_tree.py --fork-budget 4 --show 7               more forks, another prompt's tree
 """
+import unicodedata
 from importlib import import_module
 
 import torch
@@ -53,12 +54,12 @@ def group_prefixes(responses, lengths, boundary):
     return [members for members in groups.values() if len(members) > 1]
 
 def unpack_tree(found):
-    """One prompt of tree.pt as select_boundaries and group_prefixes gave it: boundaries, groups."""
+    """One prompt of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
     boundaries, nodes = found["boundaries"].tolist(), found["nodes"]
-    members = [row.nonzero().squeeze(1).tolist() for row in nodes["members"]]
-    groups = [[group for at, group in zip(nodes["boundary"].tolist(), members) if at == b]
-              for b in boundaries]
-    return boundaries, groups
+    groups = {b: [] for b in boundaries}
+    for b, members in zip(nodes["boundary"].tolist(), nodes["members"]):
+        groups[b].append(members.nonzero().squeeze(1).tolist())
+    return boundaries, list(groups.values())
 
 # The picture, in 04 with the credit of each span.
 
@@ -72,18 +73,16 @@ def tree_rows(boundaries, groups, lengths):
     rows = []
 
     def grow(members, k, start, indent, levels):
-        waiting = list(members)
-        while waiting:
-            first, length = waiting[0], int(lengths[waiting[0]])
-            nodes = [group for group in (levels[0][1] if levels else []) if first in group]
-            group = nodes[0] if nodes else [first]
-            waiting = [i for i in waiting if i not in group]
-            end = min(levels[0][0], length) if nodes else length
-            rows.append((indent + ("├─ " if waiting else "└─ "), group, k, start, end))
-            if nodes:
-                grow(group, k + 1, end, indent + ("│  " if waiting else "   "), levels[1:])
+        while members:
+            group = next((g for g in (levels[0][1] if levels else []) if members[0] in g), members[:1])
+            members = [i for i in members if i not in group]
+            length = int(lengths[group[0]])
+            end = min(levels[0][0], length) if len(group) > 1 else length
+            rows.append((indent + ("├─ " if members else "└─ "), group, k, start, end))
+            if len(group) > 1:
+                grow(group, k + 1, end, indent + ("│  " if members else "   "), levels[1:])
 
-    grow(range(len(lengths)), 0, 0, "", list(zip(boundaries, groups)))
+    grow(list(range(len(lengths))), 0, 0, "", list(zip(boundaries, groups)))
     return rows
 
 def spelled(prompt, i, start, end, width):
@@ -96,33 +95,28 @@ def spelled(prompt, i, start, end, width):
     text = "".join(c if c.isprintable() else "·" for c in text) or "(end)"
     return text if len(text) <= width else f"{text[:width // 2]}…{text[-((width - 1) // 2):]}"
 
-def draw_tree(prompt, boundaries, groups, heading, columns, width=58):
+def draw_tree(prompt, found, heading, columns, width=58):
     """Print one prompt's tree; columns(members, k, start) is the text to the right of a span."""
     print(f"\n{prompt['prompt']}\n  wanted: {prompt['reference']}\n\n{'':{width}}{heading}")
-    for branch, members, k, start, end in tree_rows(boundaries, groups, prompt["lengths"]):
+    for branch, members, k, start, end in tree_rows(*unpack_tree(found), prompt["lengths"]):
         text = branch + spelled(prompt, members[0], start, end, max(12, width - len(branch) - 2))
-        print(f"{text:{width}}{columns(members, k, start)}".rstrip())
-
-def shown(prompts, number):
-    """prompts[number], for --show."""
-    if not 0 <= number < len(prompts):
-        raise sampling.BadInput(f"--show is {number}, but the prompts are 0 to {len(prompts) - 1}")
-    return prompts[number]
+        wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)  # they take two cells
+        print(f"{text:{width - wide}}{columns(members, k, start)}".rstrip())
 
 def parse_args():
     parser = sampling.stage_parser(__doc__, device=False)
-    parser.add_argument("--fork-budget", type=int, default=2, help="B, most boundaries per prompt")
-    parser.add_argument("--show", type=int, default=0, help="number of the prompt to draw")
-    args = parser.parse_args()
-    if args.fork_budget < 0:
-        parser.error(f"--fork-budget is {args.fork_budget}, it must be at least 0")
-    return args
+    parser.add_argument("--fork-budget", type=sampling.limited(int, 0), default=2,
+                        help="B, most boundaries per prompt")
+    parser.add_argument("--show", type=sampling.limited(int, 0), default=0, help="prompt to draw")
+    return parser.parse_args()
 
 def main(args):
     # 1. The responses and their surprisal.
     rollouts = sampling.load_stage(args.run, "rollouts")
     surprisal = sampling.load_stage(args.run, "surprisal", rollouts)
-    prompt, B = shown(rollouts["prompts"], args.show), args.fork_budget
+    B, show = args.fork_budget, args.show
+    if show >= len(rollouts["prompts"]):
+        raise sampling.BadInput(f"--show is {show}, of {len(rollouts['prompts'])} prompts from 0")
 
     # 2. Boundaries and nodes of every prompt.
     prompts = []
@@ -143,18 +137,18 @@ def main(args):
     # 4. Show.
     count = sum(len(found["nodes"]["boundary"]) for found in prompts) / len(prompts)
     print(f"{len(prompts)} prompts, {count:.1f} nodes each -> {args.run}/tree.pt")
-    nats = surprisal["prompts"][args.show]["surprisal"]
+    prompt, nats = rollouts["prompts"][show], surprisal["prompts"][show]["surprisal"]
     rewards = import_module("04_advantage").prompt_rewards(prompt)  # looks ahead, for the picture
 
     def columns(members, k, start):
-        i = members[0]
+        i, many = members[0], len(members) > 1
         decided = f"{nats[i, start]:9.2f}" if start < prompt["lengths"][i] else ""
-        return f"{decided:9}" + (f"{rewards[i]:9.2f}" if len(members) == 1 else f"{len(members):5} share it")
+        return f"{decided:9}" + (f"{len(members):5} share it" if many else f"{rewards[i]:9.2f}")
 
-    boundaries, groups = unpack_tree(prompts[args.show])
-    draw_tree(prompt, boundaries, groups, "surprisal   reward", columns)
-    print(f"\nForks before the tokens {boundaries}, {fork_distance(prompt['lengths'], B)} or more apart. "
-          "Surprisal, in nats, is\nthat of a span's first token, the one that was decided there.")
+    draw_tree(prompt, prompts[show], "surprisal   reward", columns)
+    print(f"\nForks before the tokens {prompts[show]['boundaries'].tolist()}, "
+          f"{fork_distance(prompt['lengths'], B)} or more apart. Surprisal, in nats, is that of a\n"
+          "span's first token, the one that was decided there.")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args())

@@ -40,7 +40,7 @@ def tokenize_13a(text):
     return text.split()
 
 def bleu_counts(hypothesis, reference, lowercase=False):
-    """matched (4,) and total (4,) n-grams of 1 to 4 tokens, and the lengths of the two in tokens."""
+    """Matched and total n-grams of 1 to 4 tokens (4 each), and both lengths in tokens."""
     if lowercase:
         hypothesis, reference = hypothesis.lower(), reference.lower()
     hyp, ref = tokenize_13a(hypothesis), tokenize_13a(reference)
@@ -128,7 +128,7 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 def zscore(spans):
-    """Step 5: the span advantages of one prompt standardised, a span counting once, long or short."""
+    """Step 5: one prompt's span advantages standardised; a span counts once, long or short."""
     values = [advantage for row in spans for _, _, advantage in row]
     mean, scale = statistics.fmean(values), max(spread(values), 1e-6)
     return [[(start, end, (advantage - mean) / scale) for start, end, advantage in row]
@@ -144,14 +144,15 @@ def parse_args():
     parser = sampling.stage_parser(__doc__, device=False)
     parser.add_argument("--advantage-terms", default="both", choices=["both", "global", "local"],
                         help="against the average (global), the own branch (local), or both")
-    parser.add_argument("--show", type=int, default=0, help="number of the prompt to draw")
+    parser.add_argument("--show", type=sampling.limited(int, 0), default=0, help="prompt to draw")
     return parser.parse_args()
 
 def main(args):
     # 1. The responses and their tree.
     rollouts = sampling.load_stage(args.run, "rollouts")
     tree = sampling.load_stage(args.run, "tree", rollouts)
-    prompt = forks.shown(rollouts["prompts"], args.show)
+    if args.show >= len(rollouts["prompts"]):
+        raise sampling.BadInput(f"--show is {args.show}, of {len(rollouts['prompts'])} prompts from 0")
 
     # 2. Rewards, and the credit of every token.
     prompts = []
@@ -171,15 +172,16 @@ def main(args):
                         "spans": [[list(span) for span in row] for row in spans]})
 
     # 3. Write.
-    sampling.save_stage(args.run, "advantages",
-                        {**tree["meta"], "advantage_terms": args.advantage_terms}, prompts)
+    meta = {**tree["meta"], "advantage_terms": args.advantage_terms}
+    sampling.save_stage(args.run, "advantages", meta, prompts)
 
     # 4. Show.
-    mean = sum(credit["rewards"].mean().item() for credit in prompts) / len(prompts)
-    alike = sum(len(set(credit["rewards"].tolist())) == 1 for credit in prompts)
-    print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n{alike} of them "
-          "have responses that all scored alike: they carry no advantage in this round")
-    spans, rewards = prompts[args.show]["spans"], prompt_rewards(prompt)
+    mean = sum(earned["rewards"].mean().item() for earned in prompts) / len(prompts)
+    alike = sum(len(set(earned["rewards"].tolist())) == 1 for earned in prompts)
+    print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n{alike} of them"
+          " have responses that all scored alike: they carry no advantage in this round")
+    prompt, spans = rollouts["prompts"][args.show], prompts[args.show]["spans"]
+    rewards = prompt_rewards(prompt)
     standard, whole = zscore(spans), grpo_advantages(rewards).tolist()
 
     def columns(members, k, start):
@@ -189,11 +191,11 @@ def main(args):
             text += f"{raw:9.3f}{leaf:9.3f}{sum(whole[i] for i in members):9.3f}"
         return text
 
-    boundaries, groups = forks.unpack_tree(tree["prompts"][args.show])
-    forks.draw_tree(prompt, boundaries, groups, "  n    value      raw     LEAF     GRPO", columns)
-    print("\nn responses share the span, value is their mean reward. raw, LEAF and GRPO are sums over "
-          "these n,\nwhich is what the gradient of the shared tokens carries: LEAF's advantages before "
-          "and after the\nz-score, and GRPO's from the same rewards.")
+    forks.draw_tree(prompt, tree["prompts"][args.show],
+                    "  n    value      raw     LEAF     GRPO", columns)
+    print("\nn responses share the span; value is their mean reward. raw, LEAF and GRPO are sums over"
+          " these n, which\nis what the gradient of the shared tokens carries: LEAF's advantages before"
+          " and after the z-score,\nand GRPO's, from the same rewards.")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args())

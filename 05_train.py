@@ -55,18 +55,18 @@ def learning_rate(step, total_steps, peak):
     return peak * (0.55 + 0.45 * math.cos(math.pi * done))
 
 def load_policy(meta, adapter, args):
-    """The model with the LoRA to train: RUN/adapter, or in the first round one that changes nothing."""
+    """The model with the LoRA to train: RUN/adapter, or in round 1 one that changes nothing."""
     from peft import LoraConfig, get_peft_model
     lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
     if adapter:
         has = {name: getattr(model.peft_config["default"], name) for name in lora}
         if has != lora:
-            raise sampling.BadInput(f"{adapter} has {has}, but the options say {lora}: give the same "
-                                    "--lora options in every round")
+            raise sampling.BadInput(f"{adapter} has {has}, not {lora}: give the same --lora options "
+                                    "in every round")
     else:
         decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
-        linear = rf"{decoder}\..*\.(q|k|v|o|gate|up|down)_proj"  # a pattern, so as to spare the encoder
+        linear = rf"{decoder}\..*\.(q|k|v|o|gate|up|down)_proj"  # not the encoder's
         model = get_peft_model(model, LoraConfig(target_modules=linear, **lora))
     for name, part in model.named_modules():  # dropout in ours only, all else stays in eval mode
         if name.endswith("lora_dropout.default"):
@@ -94,7 +94,7 @@ def save_adapter(run, model, optimizer, state):
     shutil.rmtree(previous, ignore_errors=True)
 
 def append_csv(path, rows):
-    """Add rows (dicts with the same keys) to a CSV file; a row that is there already is not added."""
+    """Add rows (dicts with the same keys) to a CSV file, except those it holds already."""
     path = Path(path)
     lines = path.read_text().splitlines() if path.exists() else [",".join(rows[0])]
     lines += [line for row in rows if (line := ",".join(map(str, row.values()))) not in lines]
@@ -107,17 +107,17 @@ def print_table(rows):
 
 def parse_args():
     parser = sampling.stage_parser(__doc__)
-    add, count = parser.add_argument, sampling.at_least_one
+    add, count, size = parser.add_argument, sampling.limited(int, 1), sampling.limited(float, 0)
     add("--method", default="leaf", choices=["leaf", "grpo"], help="whose advantages to train on")
     add("--prompts-per-step", type=count, default=4, help="prompts per optimizer step")
-    add("--learning-rate", type=float, default=3e-4, help="its peak")
-    add("--total-steps", type=int, default=0, help="steps of all rounds together; 0: constant rate")
+    add("--learning-rate", type=size, default=5e-4, help="its peak")
+    add("--total-steps", type=sampling.limited(int, 0), default=0, help="steps of all rounds together; 0: constant rate")
     add("--lora-rank", type=count, default=16, help="rank of the LoRA")
     add("--lora-alpha", type=count, default=32, help="the LoRA is scaled by alpha / rank")
-    add("--lora-dropout", type=float, default=0.0, help="dropout before the LoRA")
-    add("--clip-eps", type=float, default=0.2, help="the ratio is clipped to 1 -+ this")
-    add("--kl-weight", type=float, default=0.02, help="weight of the KL to the reference")
-    add("--max-grad-norm", type=float, default=1.0, help="longest gradient")
+    add("--lora-dropout", type=size, default=0.0, help="dropout before the LoRA")
+    add("--clip-eps", type=size, default=0.2, help="the ratio is clipped to 1 -+ this")
+    add("--kl-weight", type=size, default=0.02, help="weight of the KL to the reference")
+    add("--max-grad-norm", type=size, default=1.0, help="longest gradient")
     return parser.parse_args()
 
 def main(args):
@@ -144,11 +144,11 @@ def main(args):
         batch = list(zip(prompts, scores, credits))[start:start + args.prompts_per_step]
         kl, moved = [], []  # per token
         for prompt, score, earned in batch:
-            tokens, parents, depths, node = scoring.build_trie(prompt["responses"], prompt["lengths"])
+            *trie, node = scoring.build_trie(prompt["responses"], prompt["lengths"])
             mask = torch.arange(node.shape[1]) < prompt["lengths"][:, None]  # (K, T), EOS included
-            logp = scoring.trie_logps(model, prompt["embeds"], tokens, parents, depths).cpu()[node]
-            loss = policy_loss(logp, score["logp_old"], score["logp_ref"], earned[args.method], mask,
-                               args.clip_eps, args.kl_weight)
+            logp = scoring.trie_logps(model, prompt["embeds"], *trie).cpu()[node]
+            loss = policy_loss(logp, score["logp_old"], score["logp_ref"], earned[args.method],
+                               mask, args.clip_eps, args.kl_weight)
             (loss / len(batch)).backward()
             logp = logp.detach()[mask]
             kl.append(reference_kl(logp, score["logp_ref"][mask]))

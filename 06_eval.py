@@ -27,7 +27,8 @@ def corpus_bleu(hypotheses, references, lowercase=False):
     The n-gram counts are summed over the corpus first. Equal to sacrebleu's corpus_bleu with 13a
     tokens and exponential smoothing.
     """
-    counts = [credit.bleu_counts(*pair, lowercase) for pair in zip(hypotheses, references, strict=True)]
+    pairs = zip(hypotheses, references, strict=True)
+    counts = [credit.bleu_counts(*pair, lowercase) for pair in pairs]
     matched, total = ([sum(n) for n in zip(*(count[k] for count in counts))] for k in (0, 1))
     hyp_length, ref_length = (sum(count[k] for count in counts) for k in (2, 3))
     return 100 * credit.bleu_score(matched, total, hyp_length, ref_length, effective_order=False)
@@ -53,13 +54,13 @@ def evaluate(model, processor, embeds, references, args):
 
 def parse_args():
     parser = sampling.stage_parser(__doc__)
-    add, count, until = parser.add_argument, sampling.at_least_one, "before the first training; then its own"
+    add, count, until = parser.add_argument, sampling.limited(int, 1), "before training; then its own"
     add("--manifest", default="tests/demo/test.jsonl", help="JSON lines: audio, prompt, reference")
     add("--num-prompts", type=count, help="only the first so many")
     add("--passes", type=count, default=5, help="sampled passes")
     add("--max-new-tokens", type=count, default=200, help="longest response")
-    add("--temperature", type=float, default=0.9, help="of the sampled passes")
-    add("--top-p", type=float, default=0.9, help="of the sampled passes")
+    add("--temperature", type=sampling.limited(float, 0), default=0.9, help="of the sampled passes")
+    add("--top-p", type=sampling.limited(float, 0.001, 1), default=0.9, help="of the sampled passes")
     add("--prompts-per-batch", type=count, default=32, help="prompts decoded together")
     add("--model", default="tests/demo/model", help=until)
     add("--system-prompt", default="", help=until)
@@ -69,11 +70,12 @@ def parse_args():
 
 def main(args):
     # 1. The test prompts, rendered as training rendered its own.
-    examples, state = sampling.read_manifest(args.manifest)[:args.num_prompts], sampling.read_state(args.run)
+    state, examples = sampling.read_state(args.run), sampling.read_manifest(args.manifest)
+    examples = examples[:args.num_prompts]
     references = [example["reference"] for example in examples]
-    asked = {**vars(args), **state}
-    model, processor = sampling.load_model(asked["model"], state["adapter"], args.device)
-    embeds = sampling.embed_examples(model, processor, examples, asked["system_prompt"], asked["raw_prompt"])
+    name, *rendering = ({**vars(args), **state}[key] for key in ("model", "system_prompt", "raw_prompt"))
+    model, processor = sampling.load_model(name, state["adapter"], args.device)
+    embeds = sampling.embed_examples(model, processor, examples, *rendering)
 
     # 2. Base, then adapter, on the same embeddings: training leaves the audio tower as it is.
     with model.disable_adapter() if state["adapter"] else contextlib.nullcontext():
