@@ -152,11 +152,11 @@ def load_audio(path, rate, max_seconds=math.inf):
         raise BadInput(f"there is no recording {path}")
     try:
         wave, file_rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: named like headerless audio
         raise BadInput(f"{path} is corrupt, or no recording (wav, flac, ogg, mp3)") from error
     wave = torch.from_numpy(wave).mean(dim=1)  # (S,)
     if len(wave) == 0 or not wave.isfinite().all():
-        raise BadInput(f"{path} is empty or corrupt: {len(wave)} samples, {wave.isfinite().sum()} good")
+        raise BadInput(f"{path} is empty or corrupt: {len(wave)} samples, not all of them numbers")
     if len(wave) > max_seconds * file_rate:
         raise BadInput(f"{path} lasts {len(wave) / file_rate:.1f} s, but the model hears only "
                        f"{max_seconds:g} s: shorten it or leave it out")
@@ -194,7 +194,7 @@ def load_model(model, adapter=None, device="cpu", hear=True):
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        dtype = torch.float32 if torch.empty(0, device=device).device.type == "cpu" else torch.bfloat16
+        on_cpu = torch.empty(0, device=device).device.type == "cpu"
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"torch finds no --device {device} here: take --device cpu") from error
     if not Path(model).is_dir() and model.count("/") != 1:  # no folder, and no hub name either
@@ -202,8 +202,11 @@ def load_model(model, adapter=None, device="cpu", hear=True):
     try:
         processor = transformers.AutoProcessor.from_pretrained(model) if hear else None
         lm = transformers.AutoModelForMultimodalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, ImportError) as error:
+            model, dtype=torch.float32 if on_cpu else torch.bfloat16, attn_implementation="sdpa")
+    except ImportError as error:  # Granite's features are torchaudio's
+        package = "torchaudio" if "torchaudio" in str(error) else error.name
+        raise BadInput(f"{model} needs a package more: pip install {package}") from error
+    except Exception as error:  # each library has kinds of its own for files that are not whole
         why = " ".join(str(error).split()).split(". ")[0]
         raise BadInput(f"no speech model could be loaded from {model}: {why}") from error
     lm = fold_adapters(lm).requires_grad_(False)
@@ -284,6 +287,7 @@ def choose_tokens(logits, temperature, top_p):
         return logits.argmax(dim=-1)
     probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     outside = probs.cumsum(dim=-1) - probs >= top_p  # likelier tokens fill the nucleus already
+    outside[:, 0] = False
     return order.gather(1, torch.multinomial(probs.masked_fill(outside, 0.0), 1)).squeeze(1)
 
 @torch.inference_mode()
@@ -434,8 +438,8 @@ def main(args):
     save_stage(args.run, "rollouts", meta, prompts)
 
     # 5. Show.
-    print(f"\nRound {meta['round']}: {N} prompts, {K} responses each, {speed:.0f} tokens/s "
-          f"-> {args.run}/rollouts.pt\n  {examples[0]['prompt']}\n  wanted   {examples[0]['reference']}")
+    print(f"\nRound {meta['round']}: {N} prompts, {K} responses each, {speed:.0f} tokens/s -> "
+          f"{args.run}/rollouts.pt\n  {prompts[0]['prompt']}\n  wanted   {prompts[0]['reference']}")
     for text in prompts[0]["texts"]:
         print(f"  sampled  {text}")
 

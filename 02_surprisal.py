@@ -101,11 +101,12 @@ def main(args):
 
     # 4. Show: the first prompt's responses, one character a token.
     mean = sum(prompt["surprisal"].sum().item() for prompt in prompts) / total
-    print(f"\n{total} tokens, {distinct} when shared beginnings count once; mean surprisal {mean:.2f} "
-          f"nats -> {args.run}/surprisal.pt\n  a token:  . < 0.1   - < 0.5   + < 1.5   # above")
+    print(f"\n{total} tokens, {distinct} when shared beginnings count once; mean {mean:.2f} nats "
+          f"-> {args.run}/surprisal.pt\n  . below 0.1   - below 0.5   + below 1.5   # above")
     first, steps = rollouts["prompts"][0], torch.tensor([0.1, 0.5, 1.5])
     for nats, length, text in zip(prompts[0]["surprisal"], first["lengths"], first["texts"]):
-        print("  " + "".join(".-+#"[level] for level in torch.bucketize(nats[:length], steps)), text)
+        marks = "".join(".-+#"[level] for level in torch.bucketize(nats[:length], steps))
+        print(f"  {marks} {text}")
 
 if __name__ == "__main__":
     sampling.run_stage(main, sampling.stage_parser(__doc__).parse_args())

@@ -74,7 +74,8 @@ def tree_rows(boundaries, groups, lengths):
 
     def grow(members, k, start, indent, levels):
         while members:
-            group = next((g for g in (levels[0][1] if levels else []) if members[0] in g), members[:1])
+            nodes = levels[0][1] if levels else []
+            group = next((node for node in nodes if members[0] in node), members[:1])
             members = [i for i in members if i not in group]
             length = int(lengths[group[0]])
             end = min(levels[0][0], length) if len(group) > 1 else length
@@ -114,9 +115,9 @@ def main(args):
     # 1. The responses and their surprisal.
     rollouts = sampling.load_stage(args.run, "rollouts")
     surprisal = sampling.load_stage(args.run, "surprisal", rollouts)
-    B, show = args.fork_budget, args.show
-    if show >= len(rollouts["prompts"]):
-        raise sampling.BadInput(f"--show is {show}, of {len(rollouts['prompts'])} prompts from 0")
+    B, show, last = args.fork_budget, args.show, len(rollouts["prompts"]) - 1
+    if show > last:
+        raise sampling.BadInput(f"--show is {show}, but the last prompt is number {last}")
 
     # 2. Boundaries and nodes of every prompt.
     prompts = []

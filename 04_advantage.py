@@ -98,7 +98,7 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both"):
     Returns K lists of (start, end, advantage before the z-score).
 
     >>> span_advantages([2], [[[0, 1]]], [4, 3, 5], [1.0, 0.4, 0.1], "global")[0]  # V 0.7, root 0.5
-    [(0, 2, 0.1414213562373095), (2, 4, 0.5)]
+    [(0, 2, 0.14142135623730948), (2, 4, 0.5)]
     """
     use_global, use_local = {"both": (1, 1), "global": (1, 0), "local": (0, 1)}[terms]
     K = len(lengths)
@@ -151,8 +151,9 @@ def main(args):
     # 1. The responses and their tree.
     rollouts = sampling.load_stage(args.run, "rollouts")
     tree = sampling.load_stage(args.run, "tree", rollouts)
-    if args.show >= len(rollouts["prompts"]):
-        raise sampling.BadInput(f"--show is {args.show}, of {len(rollouts['prompts'])} prompts from 0")
+    last = len(rollouts["prompts"]) - 1
+    if args.show > last:
+        raise sampling.BadInput(f"--show is {args.show}, but the last prompt is number {last}")
 
     # 2. Rewards, and the credit of every token.
     prompts = []
@@ -178,8 +179,8 @@ def main(args):
     # 4. Show.
     mean = sum(earned["rewards"].mean().item() for earned in prompts) / len(prompts)
     alike = sum(len(set(earned["rewards"].tolist())) == 1 for earned in prompts)
-    print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n{alike} of them"
-          " have responses that all scored alike: they carry no advantage in this round")
+    print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n{alike} of "
+          "them have responses that all scored alike: they carry no advantage in this round")
     prompt, spans = rollouts["prompts"][args.show], prompts[args.show]["spans"]
     rewards = prompt_rewards(prompt)
     standard, whole = zscore(spans), grpo_advantages(rewards).tolist()
@@ -193,9 +194,10 @@ def main(args):
 
     forks.draw_tree(prompt, tree["prompts"][args.show],
                     "  n    value      raw     LEAF     GRPO", columns)
-    print("\nn responses share the span; value is their mean reward. raw, LEAF and GRPO are sums over"
-          " these n, which\nis what the gradient of the shared tokens carries: LEAF's advantages before"
-          " and after the z-score,\nand GRPO's, from the same rewards.")
+    print("""
+n responses share the span; value is their mean reward. raw, LEAF and GRPO are sums over these n,
+which is what the gradient of the shared tokens carries: LEAF's advantages before and after the
+z-score, and GRPO's, from the same rewards.""")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args())

@@ -62,8 +62,8 @@ def load_policy(meta, adapter, args):
     if adapter:
         has = {name: getattr(model.peft_config["default"], name) for name in lora}
         if has != lora:
-            raise sampling.BadInput(f"{adapter} has {has}, not {lora}: give the same --lora options "
-                                    "in every round")
+            raise sampling.BadInput(f"{adapter} has {has}, not {lora}: give the --lora options it "
+                                    "was made with")
     else:
         decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
         linear = rf"{decoder}\..*\.(q|k|v|o|gate|up|down)_proj"  # not the encoder's
@@ -111,7 +111,8 @@ def parse_args():
     add("--method", default="leaf", choices=["leaf", "grpo"], help="whose advantages to train on")
     add("--prompts-per-step", type=count, default=4, help="prompts per optimizer step")
     add("--learning-rate", type=size, default=5e-4, help="its peak")
-    add("--total-steps", type=sampling.limited(int, 0), default=0, help="steps of all rounds together; 0: constant rate")
+    add("--total-steps", type=sampling.limited(int, 0), default=0,
+        help="steps of all rounds; 0: constant rate")
     add("--lora-rank", type=count, default=16, help="rank of the LoRA")
     add("--lora-alpha", type=count, default=32, help="the LoRA is scaled by alpha / rank")
     add("--lora-dropout", type=size, default=0.0, help="dropout before the LoRA")
@@ -135,7 +136,11 @@ def main(args):
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
     if adapter:
-        optimizer.load_state_dict(torch.load(adapter / "optimizer.pt", weights_only=True))
+        try:
+            optimizer.load_state_dict(torch.load(adapter / "optimizer.pt", weights_only=True))
+        except Exception as error:
+            raise sampling.BadInput(f"{adapter}/optimizer.pt is not whole: move {adapter} away to "
+                                    "start anew") from error
 
     # 3. One epoch: a few prompts a step, one trie a prompt.
     rows, bar = [], tqdm(total=len(prompts), desc=f"training, {args.method}", unit="prompt")

@@ -54,13 +54,14 @@ def evaluate(model, processor, embeds, references, args):
 
 def parse_args():
     parser = sampling.stage_parser(__doc__)
-    add, count, until = parser.add_argument, sampling.limited(int, 1), "before training; then its own"
+    add, count, limited = parser.add_argument, sampling.limited(int, 1), sampling.limited
+    until = "before the first training; then its own"
     add("--manifest", default="tests/demo/test.jsonl", help="JSON lines: audio, prompt, reference")
     add("--num-prompts", type=count, help="only the first so many")
     add("--passes", type=count, default=5, help="sampled passes")
     add("--max-new-tokens", type=count, default=200, help="longest response")
-    add("--temperature", type=sampling.limited(float, 0), default=0.9, help="of the sampled passes")
-    add("--top-p", type=sampling.limited(float, 0.001, 1), default=0.9, help="of the sampled passes")
+    add("--temperature", type=limited(float, 0), default=0.9, help="of the sampled passes")
+    add("--top-p", type=limited(float, 0.001, 1), default=0.9, help="of the sampled passes")
     add("--prompts-per-batch", type=count, default=32, help="prompts decoded together")
     add("--model", default="tests/demo/model", help=until)
     add("--system-prompt", default="", help=until)
@@ -73,7 +74,8 @@ def main(args):
     state, examples = sampling.read_state(args.run), sampling.read_manifest(args.manifest)
     examples = examples[:args.num_prompts]
     references = [example["reference"] for example in examples]
-    name, *rendering = ({**vars(args), **state}[key] for key in ("model", "system_prompt", "raw_prompt"))
+    asked = {**vars(args), **state}
+    name, *rendering = (asked[key] for key in ("model", "system_prompt", "raw_prompt"))
     model, processor = sampling.load_model(name, state["adapter"], args.device)
     embeds = sampling.embed_examples(model, processor, examples, *rendering)
 

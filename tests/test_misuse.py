@@ -1,0 +1,301 @@
+"""Mistakes and mishaps: one sentence that names what is wrong, and nothing written is lost."""
+import errno
+import os
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import MODEL, SCRIPTS, SMALL, TEST, TRAIN, call, load, parsed, refusal, sampled_round, shell
+
+sampling = import_module("01_sample")
+
+NEEDS = [("02_surprisal.py", "rollouts", "01_sample.py"), ("03_tree.py", "rollouts", "01_sample.py"),
+         ("03_tree.py", "surprisal", "02_surprisal.py"), ("04_advantage.py", "rollouts", "01_sample.py"),
+         ("04_advantage.py", "tree", "03_tree.py"), ("05_train.py", "rollouts", "01_sample.py"),
+         ("05_train.py", "surprisal", "02_surprisal.py"), ("05_train.py", "advantages", "04_advantage.py")]
+
+
+@pytest.fixture
+def sampled(tmp_path, rounds):
+    """A copy of a folder with all stage files of the first round and no adapter yet."""
+    return shutil.copytree(rounds.sampled, tmp_path / "run")
+
+
+@pytest.fixture
+def trained(tmp_path, rounds):
+    return shutil.copytree(rounds.trained, tmp_path / "run")
+
+
+def contents(run):
+    return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+# Stages out of order.
+
+@pytest.mark.parametrize("script, missing, writer", NEEDS)
+def test_a_stage_before_the_one_it_needs(sampled, script, missing, writer):
+    (sampled / f"{missing}.pt").unlink()
+    before = contents(sampled)
+    sentence = refusal(script, "--run", sampled)
+    assert f"{missing}.pt" in sentence and writer in sentence
+    assert contents(sampled) == before
+
+
+@pytest.mark.parametrize("script, missing, writer", [need for need in NEEDS if need[1] != "rollouts"])
+def test_files_of_another_round(sampled, rounds, script, missing, writer):
+    shutil.copy(rounds.ready / f"{missing}.pt", sampled)
+    before = contents(sampled)
+    sentence = refusal(script, "--run", sampled)
+    assert f"{missing}.pt" in sentence and writer in sentence
+    assert all(load(run, "rollouts")["meta"]["id"] in sentence for run in (sampled, rounds.ready))
+    assert contents(sampled) == before
+
+
+@pytest.mark.parametrize("script", ["02_surprisal.py", "05_train.py"])
+def test_rollouts_older_than_the_adapter(trained, script):
+    before = contents(trained)
+    sentence = refusal(script, "--run", trained)
+    assert "rollouts.pt" in sentence and "01_sample.py" in sentence and "round 1" in sentence
+    assert contents(trained) == before
+
+
+def test_rollouts_of_an_adapter_that_is_gone(tmp_path, rounds):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    shutil.rmtree(run / "adapter")
+    assert "01_sample.py" in refusal("05_train.py", "--run", run)
+
+
+# Files that are not whole.
+
+@pytest.mark.parametrize("script, name, writer", NEEDS)
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
+def test_a_stage_file_that_is_cut_off(sampled, script, name, writer, share):
+    path = sampled / f"{name}.pt"
+    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    sentence = refusal(script, "--run", sampled)
+    assert str(path) in sentence and writer in sentence
+
+
+def test_a_stage_file_that_is_something_else(sampled):
+    torch.save([1, 2, 3], sampled / "tree.pt")
+    assert "tree.pt" in refusal("04_advantage.py", "--run", sampled)
+    (sampled / "tree.pt").write_text("hello")
+    assert "tree.pt" in refusal("04_advantage.py", "--run", sampled)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "training.json", "optimizer.pt"])
+@pytest.mark.parametrize("cut", [True, False], ids=["cut off", "missing"])
+def test_an_adapter_that_is_not_whole(tmp_path, rounds, file, cut):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    path = run / "adapter" / file
+    if cut:
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    else:
+        path.unlink()
+    before = contents(run)
+    assert str(run / "adapter") in refusal("05_train.py", "--run", run)
+    if file != "optimizer.pt":  # that one concerns training only
+        assert str(run / "adapter") in refusal("01_sample.py", "--run", run, *SMALL)
+        assert str(run / "adapter") in refusal("06_eval.py", "--run", run, "--num-prompts", 1,
+                                               "--manifest", TEST)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "nobody/no-such-model"])
+def test_a_model_that_is_not_there(tmp_path, model):
+    for script, manifest in (("01_sample.py", TRAIN), ("06_eval.py", TEST)):
+        assert model in refusal(script, "--run", tmp_path, "--manifest", manifest, "--model", model)
+
+
+def test_a_model_that_went_away(tmp_path, sampled):
+    rollouts = load(sampled, "rollouts")
+    gone = {**rollouts["meta"], "model": str(tmp_path / "gone")}
+    sampling.save_stage(sampled, "rollouts", gone, rollouts["prompts"])
+    for script in ("02_surprisal.py", "05_train.py"):
+        assert str(tmp_path / "gone") in refusal(script, "--run", sampled)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("cut", [True, False], ids=["cut off", "missing"])
+def test_a_model_that_is_not_whole(tmp_path, file, cut):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    path = model / file
+    if cut:
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    else:
+        path.unlink()
+    options = ["--manifest", TRAIN, "--model", model, "--num-prompts", 1, "--max-new-tokens", 2]
+    assert str(model) in refusal("01_sample.py", "--run", tmp_path / "run", *options)
+
+
+# Options.
+
+@pytest.mark.parametrize("script, options, said", [
+    ("03_tree.py", ["--fork-budget", -1], "-1"), ("03_tree.py", ["--fork-budget", "two"], "two"),
+    ("03_tree.py", ["--show", -1], "-1"), ("04_advantage.py", ["--show", -1], "-1"),
+    ("04_advantage.py", ["--advantage-terms", "all"], "all"), ("05_train.py", ["--method", "ppo"], "ppo"),
+    ("01_sample.py", ["--num-prompts", 0], "0"), ("01_sample.py", ["--num-responses", 0], "0"),
+    ("01_sample.py", ["--max-new-tokens", -3], "-3"), ("06_eval.py", ["--passes", 0], "0"),
+    ("05_train.py", ["--prompts-per-step", 0], "0"), ("02_surprisal.py", ["--no-such-option"], "no-such"),
+])
+def test_options_that_make_no_sense(capsys, script, options, said):
+    with pytest.raises(SystemExit) as stop:
+        call(script, *options)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and said in last and options[0] in last
+
+
+@pytest.mark.parametrize("script", ["03_tree.py", "04_advantage.py"])
+def test_a_prompt_that_is_not_there(sampled, script):
+    before = contents(sampled)
+    sentence = refusal(script, "--run", sampled, "--show", 2)  # there are 0 and 1
+    assert "--show" in sentence and "2" in sentence
+    assert contents(sampled) == before
+
+
+def test_the_loras_options_stay_those_of_the_first_round(tmp_path, rounds):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    rank = parsed("05_train.py").lora_rank
+    sentence = refusal("05_train.py", "--run", run, "--lora-rank", rank + 1)
+    assert str(rank) in sentence and str(rank + 1) in sentence and "--lora" in sentence
+
+
+def test_a_recording_among_others_is_named(tmp_path):
+    soundfile.write(str(tmp_path / "long.wav"), torch.zeros(16000 * 9).numpy(), 16000)
+    (tmp_path / "broken.ogg").write_bytes(b"no sound")
+    for name, said in (("long.wav", "9.0 s"), ("broken.ogg", "corrupt"), ("gone.flac", "no recording")):
+        manifest = tmp_path / "manifest.jsonl"
+        manifest.write_text(f'{{"audio": "{name}", "prompt": "Translate.", "reference": "Hallo."}}\n')
+        sentence = refusal("01_sample.py", "--run", tmp_path / "run", "--manifest", manifest, "--model", MODEL)
+        assert str(tmp_path / name) in sentence and said in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    refusal("01_sample.py", "--run", tmp_path / "run", *SMALL)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+# As the shell sees it.
+
+@pytest.mark.parametrize("script, options, words", [
+    ("02_surprisal.py", [], ["rollouts.pt", "01_sample.py"]),
+    ("01_sample.py", ["--manifest", "{folder}/bad.jsonl"], ["bad.jsonl", "line 2"]),
+])
+def test_a_mistake_in_the_shell(tmp_path, script, options, words):
+    (tmp_path / "bad.jsonl").write_text('{"audio": "a", "prompt": "b", "reference": "c"}\noops\n')
+    done = shell(script, "--run", tmp_path / "run", *(option.format(folder=tmp_path) for option in options))
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
+    assert all(word in done.stderr.splitlines()[-1] for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+# Mishaps.
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", [(Path, "write_bytes"), (os, "replace")], ids=["while writing", "renaming"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk(tmp_path, rounds, monkeypatch, script, where):
+    """The files are as before, nothing half written lies beside them, and the disk is named."""
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    before = contents(run)
+    options = {"01_sample.py": SMALL, "06_eval.py": ["--manifest", TEST, "--num-prompts", 1, "--passes", 1,
+                                                     "--max-new-tokens", 2]}.get(script, [])
+    monkeypatch.setattr(*where, full_disk)
+    sentence = refusal(script, "--run", run, *options)
+    assert "No space left" in sentence and str(run) in sentence
+    monkeypatch.undo()
+    assert contents(run) == before and not list(run.rglob("*.part"))
+
+
+def test_a_disk_that_fills_up_halfway(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    sampling.write_file(path, b"old")
+
+    def half(self, content):
+        with open(self, "wb") as file:
+            file.write(bytes(content)[:2])
+        full_disk()
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(sampling.BadInput, match="a.pt"):
+        sampling.write_file(path, b"new and longer")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    """Killed at the rename: the new content lies beside, complete, and the old file is untouched."""
+    path, seen, replace = tmp_path / "a.pt", [], os.replace
+    sampling.write_file(path, b"old")
+
+    def spied(source, target):
+        seen.append((Path(source).read_bytes(), Path(target).read_bytes()))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spied)
+    sampling.write_file(path, b"new")
+    assert seen == [(b"new", b"old")] and path.read_bytes() == b"new"
+
+
+def test_a_kill_between_the_two_renames_of_the_adapter(tmp_path, rounds):
+    """The old adapter had stepped aside and the new one was not there yet: the old one counts."""
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    whole = contents(run)
+    (run / "adapter").rename(run / "adapter.previous")
+    shutil.copytree(rounds.again / "adapter", run / "adapter.part")
+    state = sampling.read_state(run)
+    assert state["round"] == 1 and state["adapter"] == run / "adapter" and (run / "adapter").is_dir()
+    call("05_train.py", "--run", run)  # and what lies around does not disturb the next training
+    assert sampling.read_state(run)["round"] == 2
+    assert contents(run)[Path("rollouts.pt")] == whole[Path("rollouts.pt")]
+    assert not (run / "adapter.part").exists() and not (run / "adapter.previous").exists()
+
+
+def test_a_kill_while_the_adapter_is_replaced(tmp_path, rounds, monkeypatch):
+    """The second rename never happens; the run is where it was before training."""
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    rename = Path.rename
+
+    def killed(self, target):
+        if Path(self).name == "adapter.part":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    refusal("05_train.py", "--run", run)
+    monkeypatch.undo()
+    assert sampling.read_state(run)["round"] == 1
+    assert contents(run / "adapter") == contents(rounds.ready / "adapter")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stopping_with_control_c(tmp_path, rounds, monkeypatch, script):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    before = contents(run)
+    monkeypatch.setattr(torch, "save", stopped)
+    monkeypatch.setattr(Path, "write_bytes", stopped)
+    options = {"01_sample.py": SMALL, "06_eval.py": ["--manifest", TEST, "--num-prompts", 1, "--passes", 1,
+                                                     "--max-new-tokens", 2]}.get(script, [])
+    assert "stopped" in refusal(script, "--run", run, *options)
+    monkeypatch.undo()
+    after = contents(run)
+    assert {path: after[path] for path in before} == before
+
+
+def test_after_a_mishap_the_next_try_goes_through(trained, monkeypatch):
+    monkeypatch.setattr(os, "replace", full_disk)
+    refusal("01_sample.py", "--run", trained, *SMALL)
+    monkeypatch.undo()
+    sampled_round(trained)
+    call("05_train.py", "--run", trained)
+    assert sampling.read_state(trained)["round"] == 2

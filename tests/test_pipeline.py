@@ -1,0 +1,326 @@
+"""The six scripts, run as a user runs them: their files, their tables, and that they repeat."""
+import csv
+import json
+import shutil
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import MODEL, SCRIPTS, TEST, TRAIN, call, load, parsed, sampled_round
+from safetensors.torch import load_file
+
+sampling = import_module("01_sample")
+credit = import_module("04_advantage")
+
+N, K, LIMIT = 3, 8, 24
+STAGES = ["rollouts", "surprisal", "tree", "advantages"]
+
+
+def table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def adapter_of(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# The files of a user's run.
+
+def test_rollouts(pipeline):
+    for prompt in load(pipeline.run, "rollouts")["prompts"]:
+        T = int(prompt["lengths"].max())
+        assert prompt["embeds"].ndim == 2 and prompt["embeds"].dtype == torch.float32
+        assert prompt["responses"].shape == (K, T) and prompt["responses"].dtype == torch.int64
+        assert prompt["lengths"].shape == (K,) and prompt["lengths"].dtype == torch.int64
+        assert 1 <= prompt["lengths"].min() and T <= LIMIT
+        assert len(prompt["texts"]) == K and all(isinstance(text, str) for text in prompt["texts"])
+        assert all(isinstance(prompt[key], str) for key in ("id", "audio", "prompt", "reference"))
+        assert prompt["responses"][torch.arange(T) >= prompt["lengths"][:, None]].eq(0).all()
+
+
+def test_texts_are_the_decoded_responses(demo, pipeline):
+    for prompt in load(pipeline.run, "rollouts")["prompts"]:
+        for tokens, length, text in zip(prompt["responses"], prompt["lengths"], prompt["texts"]):
+            assert demo[1].tokenizer.decode(tokens[:length], skip_special_tokens=True) == text
+
+
+def test_rollouts_hold_the_examples_of_the_manifest(pipeline):
+    known = {example["id"]: example for example in sampling.read_manifest(TRAIN)}
+    for prompt in load(pipeline.run, "rollouts")["prompts"]:
+        example = known[prompt["id"]]
+        assert all(prompt[key] == example[key] for key in ("prompt", "reference"))
+        assert example["audio"].endswith(prompt["audio"])
+
+
+def test_surprisal(pipeline):
+    rollouts, scores = load(pipeline.run, "rollouts"), load(pipeline.run, "surprisal")
+    assert len(scores["prompts"]) == N
+    for prompt, score in zip(rollouts["prompts"], scores["prompts"]):
+        padding = torch.arange(prompt["responses"].shape[1]) >= prompt["lengths"][:, None]
+        for name in ("logp_old", "logp_ref", "surprisal"):
+            assert score[name].shape == prompt["responses"].shape and score[name].dtype == torch.float32
+            assert score[name][padding].eq(0).all() and score[name].isfinite().all()
+        assert (score["surprisal"][~padding] >= 0).all()
+        assert torch.equal(score["surprisal"], -score["logp_old"])
+
+
+def test_tree(pipeline):
+    rollouts, tree = load(pipeline.run, "rollouts"), load(pipeline.run, "tree")
+    assert len(tree["prompts"]) == N
+    for prompt, found in zip(rollouts["prompts"], tree["prompts"]):
+        boundaries, nodes = found["boundaries"], found["nodes"]
+        M = len(nodes["boundary"])
+        assert boundaries.dtype == torch.int64 and len(boundaries) <= 2
+        assert boundaries.tolist() == sorted(set(boundaries.tolist()))
+        assert nodes["boundary"].dtype == torch.int64 and set(nodes["boundary"].tolist()) <= set(boundaries.tolist())
+        assert nodes["members"].shape == (M, K) and nodes["members"].dtype == torch.bool
+        assert (nodes["members"].sum(dim=1) >= 2).all()
+
+
+def test_advantages(pipeline):
+    rollouts, advantages = load(pipeline.run, "rollouts"), load(pipeline.run, "advantages")
+    tree = load(pipeline.run, "tree")
+    for prompt, found, earned in zip(rollouts["prompts"], tree["prompts"], advantages["prompts"]):
+        check_advantages(prompt, found, earned)
+
+
+def check_advantages(prompt, found, earned):
+    """Shapes, zeros at padding, and every token of a response in exactly one of its spans."""
+    K, T = prompt["responses"].shape
+    rewards = earned["rewards"]
+    assert rewards.shape == (K,) and rewards.tolist() == pytest.approx(credit.prompt_rewards(prompt))
+    members = found["nodes"]["members"].float()
+    assert earned["node_value"].shape == (len(members),)
+    torch.testing.assert_close(earned["node_value"], members @ rewards / members.sum(dim=1))
+    standard = credit.zscore(earned["spans"])
+    for i, length in enumerate(prompt["lengths"].tolist()):
+        starts, ends = [[span[k] for span in earned["spans"][i]] for k in (0, 1)]
+        assert starts == [0, *ends[:-1]] and ends[-1] >= length
+        wanted = torch.zeros(T)
+        for start, end, advantage in standard[i]:
+            wanted[start:end] = advantage
+        wanted[length:] = 0
+        torch.testing.assert_close(earned["leaf"][i], wanted)
+        assert earned["leaf"][i, length:].eq(0).all() and earned["grpo"][i, length:].eq(0).all()
+        assert earned["grpo"][i, :length].tolist() == pytest.approx(
+            [credit.grpo_advantages(rewards)[i].item()] * length, abs=1e-6)
+    assert earned["leaf"].dtype == earned["grpo"].dtype == torch.float32
+
+
+def test_advantages_of_trees_made_by_hand(handmade):
+    call("03_tree.py", "--run", handmade)
+    call("04_advantage.py", "--run", handmade)
+    stages = [load(handmade, name)["prompts"] for name in ("rollouts", "tree", "advantages")]
+    for prompt, found, earned in zip(*stages):
+        check_advantages(prompt, found, earned)
+    nested, twins, alike = stages[1]
+    assert nested["boundaries"].tolist() == [2, 4] and nested["nodes"]["boundary"].tolist() == [2, 4]
+    assert nested["nodes"]["members"].tolist() == [[True, True, True, False], [True, True, False, False]]
+    assert twins["nodes"]["boundary"].tolist() == [2, 2, 4, 4]
+    assert stages[2][2]["leaf"].eq(0).all() and stages[2][2]["grpo"].eq(0).all()
+
+
+def test_a_larger_budget_and_none(handmade):
+    call("03_tree.py", "--run", handmade, "--fork-budget", 0)
+    assert all(len(found["boundaries"]) == len(found["nodes"]["members"]) == 0
+               for found in load(handmade, "tree")["prompts"])
+    call("04_advantage.py", "--run", handmade)  # LEAF without a tree: every response for itself
+    assert all(len(row) == 1 for earned in load(handmade, "advantages")["prompts"] for row in earned["spans"])
+    call("03_tree.py", "--run", handmade, "--fork-budget", 4)
+    assert load(handmade, "tree")["prompts"][0]["boundaries"].tolist() != [2, 4]
+
+
+def test_advantage_terms_change_the_credit(handmade):
+    call("03_tree.py", "--run", handmade)
+    found = {}
+    for terms in ("both", "global", "local"):
+        call("04_advantage.py", "--run", handmade, "--advantage-terms", terms)
+        stage = load(handmade, "advantages")
+        found[terms] = stage["prompts"][0]
+        assert stage["meta"]["advantage_terms"] == terms
+    assert not torch.allclose(found["global"]["leaf"], found["local"]["leaf"])
+    for both, a, b in zip(*(sum(found[terms]["spans"], []) for terms in ("both", "global", "local"))):
+        assert both[:2] == a[:2] == b[:2] and both[2] == pytest.approx(a[2] + b[2])
+    assert torch.equal(found["both"]["grpo"], found["local"]["grpo"])
+
+
+def test_rewards_all_alike_are_said(handmade, capsys):
+    call("03_tree.py", "--run", handmade)
+    capsys.readouterr()
+    call("04_advantage.py", "--run", handmade, "--show", 2)
+    said = capsys.readouterr().out
+    assert "alike" in said and "1 of them" in said
+
+
+def test_all_files_of_a_round_belong_together(pipeline):
+    for run, turn in ((pipeline.first, 1), (pipeline.run, 2)):
+        metas = [load(run, name)["meta"] for name in STAGES]
+        assert len({meta["id"] for meta in metas}) == 1
+        assert all(meta["round"] == turn and meta["num_responses"] == K for meta in metas)
+    assert load(pipeline.first, "tree")["meta"]["id"] != load(pipeline.run, "tree")["meta"]["id"]
+
+
+def test_the_second_round_takes_the_next_prompts(pipeline):
+    order = sampling.next_slice(256, 0, 2 * N, 0)
+    ids = [prompt["id"] for run in (pipeline.first, pipeline.run) for prompt in load(run, "rollouts")["prompts"]]
+    manifest = sampling.read_manifest(TRAIN)
+    assert ids == [manifest[n]["id"] for n in order] and len(set(ids)) == 2 * N
+
+
+def test_prompts_come_round_again_newly_shuffled():
+    order = sampling.next_slice(5, 0, 15, 7)
+    assert [sorted(order[i:i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
+    assert order[:5] != order[5:10] or order[5:10] != order[10:]
+    assert order[3:11] == sampling.next_slice(5, 3, 8, 7) and order != sampling.next_slice(5, 0, 15, 8)
+
+
+def test_train_csv(pipeline):
+    rows = table(pipeline.run / "train.csv")
+    assert list(rows[0]) == ["round", "step", "method", "reward", "alike", "kl", "clipped", "length",
+                             "grad_norm", "seconds"]
+    assert [(row["round"], row["step"], row["method"]) for row in rows] == [
+        ("1", "1", "leaf"), ("2", "2", "leaf")]  # three prompts are one step
+    for row, run in zip(rows, (pipeline.first, pipeline.run)):
+        stages = [load(run, name)["prompts"] for name in ("rollouts", "advantages")]
+        rewards = torch.stack([earned["rewards"] for earned in stages[1]])
+        lengths = torch.stack([prompt["lengths"] for prompt in stages[0]]).float()
+        assert float(row["reward"]) == pytest.approx(rewards.mean().item(), abs=1e-4)
+        assert float(row["length"]) == pytest.approx(lengths.mean().item(), abs=0.06)
+        alike = (rewards == rewards[:, :1]).all(dim=1).float().mean().item()
+        assert float(row["alike"]) == pytest.approx(alike, abs=0.006)
+        assert float(row["kl"]) >= 0 and 0 <= float(row["clipped"]) <= 1 and float(row["seconds"]) > 0
+    assert float(rows[0]["kl"]) == 0 and float(rows[0]["clipped"]) == 0
+
+
+def test_eval_csv(pipeline):
+    rows = table(pipeline.run / "eval.csv")
+    assert list(rows[0]) == ["round", "step", "method", "bleu_sampled", "bleu_sampled_std", "bleu_greedy",
+                             "exact_match"]
+    assert [(row["round"], row["step"], row["method"]) for row in rows] == [
+        ("0", "0", "base"), ("2", "2", "leaf")]
+    for row in rows:
+        assert all(0 <= float(row[name]) <= 100 for name in list(row)[3:])
+        assert 4 * float(row["exact_match"]) / 100 in range(5)
+
+
+def test_predictions(pipeline):
+    lines = (pipeline.run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    predictions, wanted = [json.loads(line) for line in lines], sampling.read_manifest(TEST)[:4]
+    assert len(predictions) == 4
+    for prediction, example in zip(predictions, wanted):
+        assert list(prediction) == ["id", "prompt", "reference", "prediction"]
+        assert all(prediction[key] == example[key] for key in ("id", "prompt", "reference"))
+        assert isinstance(prediction["prediction"], str)
+
+
+def test_the_table_agrees_with_the_predictions(pipeline):
+    evaluation = import_module("06_eval")
+    lines = (pipeline.run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    texts, references = zip(*((row["prediction"], row["reference"]) for row in map(json.loads, lines)))
+    last = table(pipeline.run / "eval.csv")[-1]
+    assert float(last["bleu_greedy"]) == pytest.approx(evaluation.corpus_bleu(texts, references, True), abs=0.006)
+    exact = sum(a.split() == b.split() for a, b in zip(texts, references)) / len(texts)
+    assert float(last["exact_match"]) == pytest.approx(100 * exact, abs=0.06)
+
+
+def test_evaluation_is_added_and_repeats(tmp_path, rounds):
+    run = shutil.copytree(rounds.trained, tmp_path / "run")
+    options = ["--manifest", TEST, "--num-prompts", 2, "--max-new-tokens", 8, "--passes", 2, "--run", run]
+    call("06_eval.py", *options)
+    first = (run / "eval.csv").read_text(), (run / "predictions.jsonl").read_text()
+    assert len(table(run / "eval.csv")) == 2
+    call("06_eval.py", *options)
+    assert (run / "predictions.jsonl").read_text() == first[1]
+    rows = table(run / "eval.csv")
+    assert len({tuple(row.values()) for row in rows}) == 2  # the same numbers again
+
+
+def test_a_run_without_an_adapter_can_be_evaluated(tmp_path):
+    call("06_eval.py", "--run", tmp_path, "--manifest", TEST, "--model", MODEL, "--num-prompts", 2,
+         "--max-new-tokens", 4, "--passes", 1)
+    assert [row["method"] for row in table(tmp_path / "eval.csv")] == ["base"]
+
+
+def test_every_stage_says_what_it_wrote_and_ends_in_an_example(pipeline):
+    for turn in pipeline.said:
+        for script, name in zip(SCRIPTS, [*STAGES, "adapter", "eval.csv"]):
+            if script in turn:
+                assert name in turn[script].stdout and "Traceback" not in turn[script].stderr
+    assert "base" in pipeline.said[1]["06_eval.py"].stdout.splitlines()[-2]
+    assert "leaf" in pipeline.said[1]["06_eval.py"].stdout.splitlines()[-1]
+
+
+def test_long_work_has_progress_bars_and_03_and_04_none(pipeline):
+    for script, word in [("01_sample.py", "listening"), ("01_sample.py", "sampling"),
+                         ("02_surprisal.py", "scoring"), ("05_train.py", "training")]:
+        assert word in pipeline.said[0][script].stderr and "100%" in pipeline.said[0][script].stderr
+    assert pipeline.said[0]["03_tree.py"].stderr == pipeline.said[0]["04_advantage.py"].stderr == ""
+
+
+def test_nothing_is_left_over(pipeline):
+    assert {path.name for path in pipeline.run.iterdir()} == {
+        *(f"{name}.pt" for name in STAGES), "adapter", "train.csv", "eval.csv", "predictions.jsonl"}
+
+
+# The same again.
+
+def test_the_same_seed_gives_the_same_files_bit_for_bit(tmp_path, rounds):
+    sampled_round(tmp_path)
+    call("05_train.py", "--run", tmp_path)
+    for name in [f"{stage}.pt" for stage in STAGES] + ["adapter/adapter_model.safetensors",
+                                                        "adapter/optimizer.pt", "adapter/training.json"]:
+        assert (tmp_path / name).read_bytes() == (rounds.trained / name).read_bytes(), name
+
+
+def test_another_seed_gives_others(tmp_path, rounds):
+    sampled_round(tmp_path, "--seed", 1)
+    call("05_train.py", "--run", tmp_path)
+    ours, theirs = (load(run, "rollouts") for run in (tmp_path, rounds.trained))
+    assert [p["id"] for p in ours["prompts"]] != [p["id"] for p in theirs["prompts"]]
+    assert ours["meta"]["id"] != theirs["meta"]["id"]
+    assert not same(adapter_of(tmp_path), adapter_of(rounds.trained))
+
+
+def test_grpo_trains_from_the_same_files(tmp_path, rounds):
+    found = {}
+    for method in ("leaf", "grpo"):
+        run = shutil.copytree(rounds.sampled, tmp_path / method)
+        call("05_train.py", "--run", run, "--method", method)
+        found[method] = adapter_of(run)
+        assert [row["method"] for row in table(run / "train.csv")] == [method]
+        assert all((run / f"{name}.pt").read_bytes() == (rounds.sampled / f"{name}.pt").read_bytes()
+                   for name in STAGES)
+    assert same(found["leaf"], adapter_of(rounds.trained)) and not same(found["leaf"], found["grpo"])
+
+
+@pytest.mark.parametrize("options, factors", [
+    ([], [1, 1]),
+    (["--learning-rate", 1e-3], [1, 1]),
+    (["--total-steps", 40], [0.5, 1]),  # 5% of 40 steps are 2: half the peak, the peak
+])
+def test_the_learning_rate_reaches_the_optimizer(tmp_path, rounds, monkeypatch, options, factors):
+    run, used, step = shutil.copytree(rounds.sampled, tmp_path / "run"), [], torch.optim.AdamW.step
+
+    def spied(optimizer, *rest):
+        used.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    call("05_train.py", "--run", run, "--prompts-per-step", 1, *options)
+    peak = parsed("05_train.py", *options).learning_rate
+    assert used == pytest.approx([factor * peak for factor in factors])
+    assert len(table(run / "train.csv")) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(script, "--help")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "--run" in said and "default:" in said
+    assert import_module(script[:-3]).__doc__.splitlines()[0].split("?")[0].split()[-1] in said

@@ -1,0 +1,230 @@
+"""Listening and sampling: what the language model hears, and what it is made to say."""
+import json
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import MODEL, load
+
+sampling = import_module("01_sample")
+
+LIMIT = 14
+
+
+@pytest.fixture
+def no_end(demo, monkeypatch):
+    """The demo without an end token: every response runs to the limit."""
+    monkeypatch.setattr(demo[0].generation_config, "eos_token_id", [-1])
+    return demo[0]
+
+
+@pytest.fixture
+def greedy(no_end, heard):
+    """What the four prompts are answered greedily, LIMIT tokens each."""
+    return [responses[0] for responses, _ in sampling.sample_responses(no_end, heard, 1, LIMIT, 0, 1.0)]
+
+
+def whole_forward(model, embeds, tokens):
+    """Logits of each of the tokens from the model's own pass over all of them, without a cache."""
+    with torch.no_grad():
+        inputs = torch.cat([embeds, model.get_input_embeddings()(tokens)])[None]
+        return model(inputs_embeds=inputs, use_cache=False).logits[0, len(embeds) - 1:-1]
+
+
+# What the language model hears.
+
+def test_embeddings_are_those_of_the_models_own_forward(demo, examples, heard):
+    model, processor = demo
+    for example, embeds in zip(examples[:2], heard):
+        text = sampling.render_prompt(processor, example["prompt"])
+        wave = sampling.load_audio(example["audio"], 16000)
+        with torch.no_grad():
+            wanted = model(**processor(text=text, audio=wave.numpy(), return_tensors="pt")).logits[0]
+            hidden = model.get_decoder()(inputs_embeds=embeds[None]).last_hidden_state[0]
+        torch.testing.assert_close(sampling.logits_of(model, hidden), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_do_not_depend_on_what_was_heard_before(demo, examples, heard):
+    again = sampling.embed_examples(*demo, examples[::-1], "", False)[::-1]
+    assert all(torch.equal(a, b) for a, b in zip(again, heard))
+    assert all(e.dtype == torch.float32 and not e.requires_grad for e in again)
+
+
+def test_the_recording_is_heard(demo, examples):
+    """Two recordings of the same length under the same prompt are not the same embeddings."""
+    model, processor = demo
+    text = sampling.render_prompt(processor, examples[0]["prompt"])
+    waves = [sampling.load_audio(example["audio"], 16000)[:24000] for example in examples[:2]]
+    a, b = (sampling.embed_prompt(model, processor, wave, text) for wave in waves)
+    assert a.shape == b.shape and not torch.allclose(a, b, atol=1e-3)
+
+
+def test_the_hook_is_gone_afterwards(demo, heard):
+    with torch.no_grad():
+        demo[0].get_decoder()(inputs_embeds=heard[0][None])
+
+
+@pytest.mark.parametrize("prompt", ["Translate.", "<audio> Translate.", "Listen: <audio> and translate."])
+def test_a_prompt_has_one_place_for_the_recording(demo, prompt):
+    processor = demo[1]
+    text = sampling.render_prompt(processor, prompt)
+    assert text.count(processor.audio_token) == 1 and "<audio>" not in text
+    words = prompt.split("<audio>")[-1].strip()
+    assert text.index(processor.audio_token) < text.index(words)
+    if prompt.startswith("Listen"):
+        assert text.index("Listen:") < text.index(processor.audio_token)
+
+
+def test_system_prompt_and_raw_prompt(demo):
+    processor = demo[1]
+    asked = sampling.render_prompt(processor, "Translate.", "Answer in German.")
+    assert asked.index("Answer in German.") < asked.index("Translate.")
+    assert asked != sampling.render_prompt(processor, "Translate.")
+    raw = sampling.render_prompt(processor, "Translate.", raw=True)
+    assert raw.endswith("Translate.") and "<|im_start|>" in asked and "<|im_start|>" not in raw
+
+
+# The output head.
+
+@pytest.mark.parametrize("settings, scale", [({"logits_scaling": 8.0}, 8), ({}, 1)])
+def test_logits_are_scaled_and_float32(settings, scale):
+    head = torch.nn.Linear(4, 6, bias=False, dtype=torch.bfloat16)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(**settings)),
+                            get_output_embeddings=lambda: head)
+    hidden = torch.randn(2, 3, 4, dtype=torch.bfloat16)
+    logits = sampling.logits_of(model, hidden)
+    assert logits.dtype == torch.float32 and logits.shape == (2, 3, 6)
+    torch.testing.assert_close(logits, head(hidden).float() / scale)
+
+
+# One token.
+
+LOGITS = torch.tensor([0.5, 0.05, 0.3, 0.15]).log()
+
+
+def shares(temperature, top_p, draws=40_000):
+    torch.manual_seed(0)
+    tokens = sampling.choose_tokens(LOGITS.expand(draws, -1), temperature, top_p)
+    return (torch.bincount(tokens, minlength=4) / draws).tolist()
+
+
+@pytest.mark.parametrize("temperature, top_p, wanted", [
+    (1.0, 1.0, [0.5, 0.05, 0.3, 0.15]),
+    (1.0, 0.9, [0.5 / 0.95, 0, 0.3 / 0.95, 0.15 / 0.95]),   # .5 + .3 is short of .9, + .15 is not
+    (1.0, 0.7, [0.5 / 0.8, 0, 0.3 / 0.8, 0]),
+    (1.0, 0.49, [1, 0, 0, 0]),                               # the likeliest alone fills it
+    (1.0, 1e-6, [1, 0, 0, 0]),                               # and always stays
+    (1.0, 0.0, [1, 0, 0, 0]),
+    (0.5, 1.0, [0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365, 0.0225 / 0.365]),   # squared
+    (0.5, 0.9, [0.25 / 0.34, 0, 0.09 / 0.34, 0]),            # .685 + .247: the nucleus is cut after heating
+    (0, 0.9, [1, 0, 0, 0]),
+])
+def test_tokens_follow_the_cut_distribution(temperature, top_p, wanted):
+    for share, probability in zip(shares(temperature, top_p), wanted):
+        # five standard deviations of a share of 40,000 draws; exactly 0 and 1 where it must be
+        assert abs(share - probability) <= 5 * (probability * (1 - probability) / 40_000) ** 0.5
+
+
+def test_rows_are_drawn_on_their_own():
+    logits = torch.full((3, 5), -50.0)
+    logits[torch.arange(3), torch.tensor([4, 0, 2])] = 50.0
+    assert sampling.choose_tokens(logits, 1.0, 0.9).tolist() == [4, 0, 2]
+
+
+# Whole responses.
+
+def test_greedy_decoding_equals_the_models_own_forward(no_end, heard, greedy):
+    """Prompts of different lengths, padded and with a cache, against whole passes without either."""
+    for embeds, tokens in zip(heard, greedy):
+        logits = whole_forward(no_end, embeds, tokens)
+        lead = logits.max(dim=1).values - logits.gather(1, tokens[:, None])[:, 0]
+        assert len(tokens) == LIMIT and lead.max() < 1e-4
+
+
+def test_a_prompt_alone_is_answered_as_in_a_batch(no_end, heard, greedy):
+    for embeds, tokens in zip(heard, greedy):
+        [(alone, _)] = sampling.sample_responses(no_end, [embeds], 1, LIMIT, 0, 1.0)
+        assert alone[0].tolist() == tokens.tolist()
+
+
+def test_responses_end_with_any_end_token_and_leave_the_others_alone(demo, heard, greedy, monkeypatch):
+    """Tokens of the greedy answers become end tokens: three equal rows a prompt end where they come
+    first, at different steps, and go on as before until then."""
+    ends = [int(greedy[0][2]), int(greedy[1][5]), int(greedy[2][9])]
+    monkeypatch.setattr(demo[0].generation_config, "eos_token_id", ends)
+    for (responses, lengths), whole in zip(
+            sampling.sample_responses(demo[0], heard, 3, LIMIT, 0, 1.0), greedy):
+        places = [t for t, token in enumerate(whole.tolist()) if token in ends]
+        length = places[0] + 1 if places else LIMIT
+        assert lengths.tolist() == [length] * 3
+        assert responses.tolist() == [whole[:length].tolist()] * 3
+
+
+def test_lengths_padding_and_ends(demo, heard, monkeypatch):
+    """A fifth of the vocabulary ends a response, so that lengths differ within every prompt."""
+    ends = list(range(1, 512, 5))
+    monkeypatch.setattr(demo[0].generation_config, "eos_token_id", ends)
+    torch.manual_seed(0)
+    sampled = sampling.sample_responses(demo[0], heard, 8, LIMIT, 3.0, 1.0)
+    assert len(sampled) == len(heard)
+    for responses, lengths in sampled:
+        assert responses.dtype == lengths.dtype == torch.int64
+        assert responses.shape == (8, int(lengths.max())) and lengths.min() >= 1
+        for row, length in zip(responses.tolist(), lengths.tolist()):
+            assert not any(token in ends for token in row[:length - 1])
+            assert row[length - 1] in ends or length == LIMIT
+            assert row[length:] == [0] * (len(row) - length)
+    assert len({int(length) for _, lengths in sampled for length in lengths}) > 3
+
+
+def test_one_token_is_a_response(demo, heard):
+    [(responses, lengths)] = sampling.sample_responses(demo[0], heard[:1], 2, 1, 1.0, 0.9)
+    assert responses.shape == (2, 1) and lengths.tolist() == [1, 1]
+
+
+def test_the_seed_decides(no_end, heard):
+    def draw(seed):
+        torch.manual_seed(seed)
+        return torch.cat([r for r, _ in sampling.sample_responses(no_end, heard, 4, LIMIT, 2.0, 1.0)])
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert len({tuple(row) for row in draw(1).tolist()}) > 4  # and rows of a prompt are not alike
+
+
+def test_many_prompts_come_back_in_their_order(no_end, heard, greedy):
+    found = sampling.sample_all(no_end, heard, 3, 1, LIMIT, 0, 1.0)
+    assert [responses[0].tolist() for responses, _ in found] == [tokens.tolist() for tokens in greedy]
+
+
+def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer(demo):
+    model, processor = demo
+    listed = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
+    listed = listed if isinstance(listed, list) else [listed]
+    assert set(model.generation_config.eos_token_id) == {*listed, processor.tokenizer.eos_token_id}
+
+
+# Text, and the order of the prompts.
+
+@pytest.mark.parametrize("text", ["", "Grüße an alle", "Zeit: 5 Uhr\nTschüß 😀 日本", "  two  spaces "])
+def test_ends_count_the_characters_that_are_complete(demo, text):
+    """Byte tokens: an umlaut or an emoji spans several and counts with the last of them."""
+    tokenizer = demo[1].tokenizer
+    tokens = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    [spelled], [ends] = sampling.spell(tokenizer, torch.tensor([tokens]), torch.tensor([len(tokens)]))
+    assert spelled == text and int(ends[-1]) == len(text)
+    spent = 0
+    for token, end in zip(tokens[:-1], ends.tolist()):
+        spent += len(tokenizer.convert_ids_to_tokens(token))  # a byte a letter
+        assert text[:end] == text.encode()[:spent].decode(errors="ignore")
+
+
+def test_surprisal_is_that_of_the_full_softmax(demo, pipeline):
+    """In a real run: -log softmax at temperature 1 of what the base model says, from whole passes."""
+    rollouts, scores = load(pipeline.first, "rollouts"), load(pipeline.first, "surprisal")
+    for prompt, score in zip(rollouts["prompts"][:2], scores["prompts"]):
+        for tokens, length, nats in list(zip(prompt["responses"], prompt["lengths"], score["surprisal"]))[:3]:
+            logits = whole_forward(demo[0], prompt["embeds"], tokens[:length])
+            wanted = -logits.log_softmax(dim=1).gather(1, tokens[:length, None])[:, 0]
+            torch.testing.assert_close(nats[:length], wanted, atol=1e-4, rtol=0)
+            assert nats[length:].eq(0).all()
