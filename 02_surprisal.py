@@ -35,28 +35,29 @@ def build_trie(responses, lengths):
     >>> node.tolist()
     [[0, 1, 2], [0, 1, 3], [4, 0, 0]]
     """
-    index, depths = {}, []  # (parent, token) -> trie index, in order of first appearance
-    node = torch.zeros_like(responses)
-    for i, (row, length) in enumerate(zip(responses.tolist(), lengths.tolist())):
-        parent = -1
+    index, depths, node = {}, [], []  # index: (parent, token) -> number, by first appearance
+    for row, length in zip(responses.tolist(), lengths.tolist()):
+        path = []
         for t in range(length):
-            if (parent, row[t]) not in index:
-                index[parent, row[t]] = len(index)
+            key = (path[-1] if path else -1, row[t])
+            if key not in index:
+                index[key] = len(index)
                 depths.append(t)
-            parent = index[parent, row[t]]
-            node[i, t] = parent
+            path.append(index[key])
+        node.append(path + [0] * (len(row) - length))
     parents, tokens = torch.tensor(list(index)).T
-    return tokens, parents, torch.tensor(depths), node
+    return tokens, parents, torch.tensor(depths), torch.tensor(node)
 
-def trie_mask(parents, depths, P):
+def trie_mask(parents, P):
     """(P + M, P + M) bool, True where the row's position sees the column's: the prompt is causal;
     a trie token sees the prompt, its ancestors and itself."""
-    M = len(parents)
-    mask = torch.ones(P + M, P + M, dtype=torch.bool).tril()
-    mask[P:, P:] = torch.eye(M)
-    for depth in range(1, int(depths.max()) + 1):  # what its parent sees, and itself
-        level = (depths == depth).nonzero().squeeze(1)
-        mask[P + level, P:] |= mask[P + parents[level], P:]
+    paths = []  # of each trie token: its ancestors and itself
+    for m, parent in enumerate(parents.tolist()):
+        paths.append((paths[parent] if parent >= 0 else []) + [m])
+    mask = torch.ones(P + len(paths), P + len(paths), dtype=torch.bool).tril()
+    mask[P:, P:] = False
+    rows = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(path) for path in paths]))
+    mask[P + rows, P + torch.tensor([m for path in paths for m in path])] = True
     return mask
 
 def trie_logps(model, embeds, tokens, parents, depths):
@@ -68,7 +69,7 @@ def trie_logps(model, embeds, tokens, parents, depths):
     P, embed = len(embeds), model.get_input_embeddings()
     device = embed.weight.device  # subtle: not model.device, the audio tower's, which stays behind
     positions = torch.cat([torch.arange(P), P + depths]).to(device)
-    mask, tokens = trie_mask(parents, depths, P).to(device), tokens.to(device)
+    mask, tokens = trie_mask(parents, P).to(device), tokens.to(device)
     row = torch.cat([embeds.to(device, embed.weight.dtype), embed(tokens)])  # (P + M, D)
     hidden = model.get_decoder()(inputs_embeds=row[None], attention_mask=mask[None, None],
                                  position_ids=positions[None], use_cache=False).last_hidden_state[0]

@@ -83,7 +83,7 @@ def test_mask_by_hand():
     # prompt  <     `-> 7
     #            8
     tokens, parents, depths, _ = scoring.build_trie(*padded([[4, 5, 6], [4, 7], [8]]))
-    assert scoring.trie_mask(parents, depths, P=2).int().tolist() == [
+    assert scoring.trie_mask(parents, P=2).int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
