@@ -9,7 +9,7 @@ Reads   a manifest (one JSON object a line: audio, prompt, reference), a model, 
 Writes  RUN/rollouts.pt, per prompt: id, audio, prompt, reference; embeds (P, D), the model's dtype;
         responses (K, T) int64, 0 at padding; lengths (K,) int64; texts (K str);
         ends (K, T) int64, the number of characters of the text that tokens 0..t spell
-Run     python 01_sample.py                                      demo, 2 cores: about 20 s
+Run     python 01_sample.py                                      demo, 2 cores: about 10 s
         python 01_sample.py --manifest mine.jsonl --model Qwen/Qwen2-Audio-7B-Instruct --run runs/a
 """
 import argparse

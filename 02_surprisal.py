@@ -12,7 +12,7 @@ Reads   RUN/rollouts.pt, the model, RUN/adapter if there
 Writes  RUN/surprisal.pt, per prompt, each (K, T) float32 in nats, 0 at padding: logp_old under the
         policy that sampled; logp_ref under the reference, the same model with its LoRA switched
         off; surprisal = -logp_old
-Run     python 02_surprisal.py                                   demo, 2 cores: about 10 s
+Run     python 02_surprisal.py                                   demo, 2 cores: about 8 s
 """
 from importlib import import_module
 

@@ -7,7 +7,7 @@ policy itself; greedy BLEU what a user gets who always takes the likeliest token
 Reads   a test manifest, the model, RUN/adapter if there
 Writes  RUN/eval.csv, a row per model, BLEU and exact match (of greedy answers) in 0..100;
         RUN/predictions.jsonl: id, prompt, reference, prediction (greedy), for any other scorer
-Run     python 06_eval.py                                        demo, 2 cores: about 40 s
+Run     python 06_eval.py                                        demo, 2 cores: about 25 s
 """
 import contextlib
 import json

@@ -9,7 +9,7 @@ Both ways take turns, a few prompts each, so that a noisy machine disturbs them 
 scored and trained on are the same. A token is a token of a response, counted K times when shared.
 Memory is the peak of the GPU's, or of the resident process on a CPU (Linux).
 
-Run     python tests/benchmark.py                                demo, 2 cores: about 3 minutes
+Run     python tests/benchmark.py                                demo, 2 cores: a minute and a half
         python tests/benchmark.py --model Qwen/Qwen2-Audio-7B-Instruct --manifest mine.jsonl
 """
 import argparse
