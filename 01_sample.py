@@ -74,7 +74,7 @@ def load_stage(run, name, rollouts=None):
     if not path.exists():
         raise BadInput(f"there is no {path} yet: {again} first")
     try:
-        stage = torch.load(path, weights_only=True)
+        stage = torch.load(path, weights_only=True, mmap=True)  # read where used
         made_from, _ = stage["meta"]["id"], stage["prompts"]
     except Exception as error:  # torch raises many kinds for a file that is not whole
         raise BadInput(f"{path} is cut off or no stage file: {again} again") from error
@@ -95,7 +95,7 @@ def read_state(run, meta=None):
     if folder.exists():
         try:
             state |= {**json.loads((folder / "training.json").read_text()), "adapter": folder}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{folder} has no whole training.json: move it away") from error
     if meta and meta["round"] != state["round"] + 1:
         raise BadInput(f"{run}/rollouts.pt is of round {meta['round']}, but {folder} is trained up "
@@ -126,7 +126,8 @@ def read_manifest(path):
                 raise BadInput(f'{path} line {number} lacks "{key}", a string that is not empty')
         if row["prompt"].count("<audio>") > 1:
             raise BadInput(f"{path} line {number} has <audio> more than once, but one recording")
-        examples.append({"id": str(row.get("id", number)), "audio": str(path.parent / row["audio"]),
+        name = number if row.get("id") is None else row["id"]
+        examples.append({"id": str(name), "audio": str(path.parent / row["audio"]),
                          "prompt": row["prompt"], "reference": row["reference"]})
     if not examples:
         raise BadInput(f"{path} is empty: it needs a JSON object a line")
@@ -201,13 +202,21 @@ def load_model(model, adapter=None, device="cpu", hear=True):
         raise BadInput(f"there is no model folder {model}")
     try:
         processor = transformers.AutoProcessor.from_pretrained(model) if hear else None
-        lm = transformers.AutoModelForMultimodalLM.from_pretrained(
-            model, dtype=torch.float32 if on_cpu else torch.bfloat16, attn_implementation="sdpa")
+        auto = transformers.AutoModelForMultimodalLM
+        with torch.device("meta"):  # its size, before anything is loaded or downloaded
+            size = auto.from_config(transformers.AutoConfig.from_pretrained(model)).num_parameters()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if on_cpu and 4 * size > memory:
+            raise MemoryError(f"{size / 1e9:.1f} billion parameters need {4 * size / 1e9:.0f} GB "
+                              f"on a CPU, of {memory / 1e9:.0f} here: take a GPU, --device cuda")
+        lm = auto.from_pretrained(model, dtype=torch.float32 if on_cpu else torch.bfloat16,
+                                  attn_implementation="sdpa")
     except ImportError as error:  # Granite's features are torchaudio's
         package = "torchaudio" if "torchaudio" in str(error) else error.name
         raise BadInput(f"{model} needs a package more: pip install {package}") from error
     except Exception as error:  # each library has kinds of its own for files that are not whole
         why = " ".join(str(error).split()).split(". ")[0]
+        why += ": accept its terms on its page, then `hf auth login`" if "gated" in why else ""
         raise BadInput(f"no speech model could be loaded from {model}: {why}") from error
     lm = fold_adapters(lm).requires_grad_(False)
     if hear:  # EOS may be a list, and the tokenizer may know one more: stop on any of them
@@ -341,12 +350,14 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     # subtle: clone, or torch.save writes the whole batch with every slice of it
     return [(responses[n, :, :lengths[n].max()].clone(), lengths[n].clone()) for n in range(N)]
 
+def chunks(items, size):
+    """A list in pieces of `size`; the last one may be shorter."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
 def sample_all(model, embeds, prompts_per_batch, *settings):
     """sample_responses over any number of prompts, those of like length together to pad little."""
-    order = sorted(range(len(embeds)), key=lambda n: len(embeds[n]))
-    batches = [order[i:i + prompts_per_batch] for i in range(0, len(order), prompts_per_batch)]
-    sampled = {}
-    for batch in tqdm(batches, desc="sampling", unit="batch"):
+    order, sampled = sorted(range(len(embeds)), key=lambda n: len(embeds[n])), {}
+    for batch in tqdm(chunks(order, prompts_per_batch), desc="sampling", unit="batch"):
         sampled.update(zip(batch, sample_responses(model, [embeds[n] for n in batch], *settings)))
     return [sampled[n] for n in range(len(embeds))]
 

@@ -18,6 +18,7 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sampling = import_module("01_sample")
@@ -60,22 +61,57 @@ def trie_mask(parents, P):
     mask[P + rows, P + torch.tensor([m for path in paths for m in path])] = True
     return mask
 
+def batch_logps(model, embeds, tries):
+    """trie_logps of N prompts in one forward pass, a row each: a list (N) of (M_i,).
+
+    embeds: list of (P_i, D); tries: list of (tokens, parents, depths). Rows are padded at the end.
+    """
+    embed, rows, positions, masks = model.get_input_embeddings(), [], [], []
+    device = embed.weight.device  # subtle: not model.device, the audio tower's, which stays behind
+    for heard, (tokens, parents, depths) in zip(embeds, tries):
+        P = len(heard)
+        rows.append(torch.cat([heard.to(device, embed.weight.dtype), embed(tokens.to(device))]))
+        positions.append(torch.cat([torch.arange(P), P + depths]))
+        masks.append(trie_mask(parents, P))
+    L = max(len(row) for row in rows)
+    mask = torch.eye(L, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, or: NaN
+    for whole, own in zip(mask, masks):
+        whole[:len(own), :len(own)] = own
+    hidden = model.get_decoder()(
+        inputs_embeds=pad_sequence(rows, batch_first=True), attention_mask=mask[:, None].to(device),
+        position_ids=pad_sequence(positions, batch_first=True).to(device), use_cache=False
+    ).last_hidden_state  # (N, L, D)
+    # A token is predicted where its parent stands; parent -1 is the last position of the prompt.
+    states = [row[len(heard) + parents.to(device)]
+              for row, heard, (_, parents, _) in zip(hidden, embeds, tries)]
+    tokens = torch.cat([tokens for tokens, _, _ in tries]).to(device)
+    logps = -F.cross_entropy(sampling.logits_of(model, torch.cat(states)), tokens, reduction="none")
+    return logps.split([len(state) for state in states])
+
 def trie_logps(model, embeds, tokens, parents, depths):
     """Log-probability of each trie token given prompt and ancestors, (M,) float32 in nats.
 
     embeds (P, D); tokens, parents, depths (M,) as build_trie makes them. One forward pass, with
     gradients where they are enabled; equal to K separate passes up to rounding.
     """
-    P, embed = len(embeds), model.get_input_embeddings()
-    device = embed.weight.device  # subtle: not model.device, the audio tower's, which stays behind
-    positions = torch.cat([torch.arange(P), P + depths]).to(device)
-    mask, tokens = trie_mask(parents, P).to(device), tokens.to(device)
-    row = torch.cat([embeds.to(device, embed.weight.dtype), embed(tokens)])  # (P + M, D)
-    hidden = model.get_decoder()(inputs_embeds=row[None], attention_mask=mask[None, None],
-                                 position_ids=positions[None], use_cache=False).last_hidden_state[0]
-    # A token is predicted where its parent stands; parent -1 is the last position of the prompt.
-    logits = sampling.logits_of(model, hidden[P + parents.to(device)])  # (M, V)
-    return -F.cross_entropy(logits, tokens, reduction="none")
+    return batch_logps(model, [embeds], [(tokens, parents, depths)])[0]
+
+def response_mask(prompt):
+    """(K, T) bool, True at the tokens of the responses, their EOS included."""
+    return torch.arange(prompt["responses"].shape[1]) < prompt["lengths"][:, None]
+
+def score_responses(model, prompts):
+    """Log-probabilities of the responses of some prompts: a list of (K, T), 0 at padding."""
+    tries = [build_trie(prompt["responses"], prompt["lengths"]) for prompt in prompts]
+    logps = batch_logps(model, [prompt["embeds"] for prompt in prompts], [t[:3] for t in tries])
+    return [logp.cpu()[node].masked_fill(~response_mask(prompt), 0.0)
+            for logp, (*_, node), prompt in zip(logps, tries, prompts)]
+
+def parse_args():
+    parser = sampling.stage_parser(__doc__)
+    parser.add_argument("--prompts-per-batch", type=sampling.limited(int, 1), default=2,
+                        help="prompts scored together")
+    return parser.parse_args()
 
 @torch.inference_mode()
 def main(args):
@@ -85,29 +121,29 @@ def main(args):
     model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
 
     # 2. One pass over each prompt's trie; once there is a LoRA, a second one without it.
-    prompts, total, distinct = [], 0, 0
-    for prompt in tqdm(rollouts["prompts"], desc="scoring", unit="prompt"):
-        tokens, parents, depths, node = build_trie(prompt["responses"], prompt["lengths"])
-        mask = torch.arange(node.shape[1]) < prompt["lengths"][:, None]  # (K, T)
-        logp_old = logp_ref = trie_logps(model, prompt["embeds"], tokens, parents, depths).cpu()
+    prompts, bar = [], tqdm(total=len(rollouts["prompts"]), desc="scoring", unit="prompt")
+    for batch in sampling.chunks(rollouts["prompts"], args.prompts_per_batch):
+        logp_old = logp_ref = score_responses(model, batch)
         if adapter:
             with model.disable_adapter():
-                logp_ref = trie_logps(model, prompt["embeds"], tokens, parents, depths).cpu()
-        prompts.append({name: values[node].masked_fill(~mask, 0.0) for name, values in
-                        (("logp_old", logp_old), ("logp_ref", logp_ref), ("surprisal", -logp_old))})
-        total, distinct = total + int(mask.sum()), distinct + len(tokens)
+                logp_ref = score_responses(model, batch)
+        prompts += [{"logp_old": old, "logp_ref": ref, "surprisal": -old}
+                    for old, ref in zip(logp_old, logp_ref)]
+        bar.update(len(batch))
+    bar.close()
 
     # 3. Write.
     sampling.save_stage(args.run, "surprisal", meta, prompts)
 
     # 4. Show: the first prompt's responses, one character a token.
-    mean = sum(prompt["surprisal"].sum().item() for prompt in prompts) / total
-    print(f"\n{total} tokens, {distinct} when shared beginnings count once; mean {mean:.2f} nats "
-          f"-> {args.run}/surprisal.pt\n  . below 0.1   - below 0.5   + below 1.5   # above")
+    total = sum(prompt["lengths"].sum().item() for prompt in rollouts["prompts"])
+    mean = sum(scored["surprisal"].sum().item() for scored in prompts) / total
+    print(f"\n{total} tokens, mean surprisal {mean:.2f} nats -> {args.run}/surprisal.pt\n"
+          "  . below 0.1   - below 0.5   + below 1.5   # above")
     first, steps = rollouts["prompts"][0], torch.tensor([0.1, 0.5, 1.5])
     for nats, length, text in zip(prompts[0]["surprisal"], first["lengths"], first["texts"]):
         marks = "".join(".-+#"[level] for level in torch.bucketize(nats[:length], steps))
         print(f"  {marks} {text}")
 
 if __name__ == "__main__":
-    sampling.run_stage(main, sampling.stage_parser(__doc__).parse_args())
+    sampling.run_stage(main, parse_args())

@@ -54,20 +54,26 @@ def learning_rate(step, total_steps, peak):
     done = min(1.0, (step - warm_up) / max(1, total_steps - warm_up))
     return peak * (0.55 + 0.45 * math.cos(math.pi * done))
 
-def load_policy(meta, adapter, args):
-    """The model with the LoRA to train: RUN/adapter, or in round 1 one that changes nothing."""
+def add_lora(model, rank, alpha, dropout):
+    """The model with a new LoRA on the language model's linear layers; it changes nothing yet."""
     from peft import LoraConfig, get_peft_model
-    lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
+    linear = rf"{decoder}\..*\.(q|k|v|o|gate|up|down)_proj"
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
+                                            target_modules=linear))
+
+def load_policy(meta, adapter, args):
+    """The model with the LoRA to train: RUN/adapter, or in round 1 a new one."""
     model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
+    asked = args.lora_rank, args.lora_alpha, args.lora_dropout
     if adapter:
-        has = {name: getattr(model.peft_config["default"], name) for name in lora}
-        if has != lora:
-            raise sampling.BadInput(f"{adapter} has {has}, not {lora}: give the --lora options it "
-                                    "was made with")
+        config = model.peft_config["default"]
+        made = config.r, config.lora_alpha, config.lora_dropout
+        if made != asked:
+            raise sampling.BadInput(f"{adapter} has rank, alpha and dropout {made}, not {asked}: "
+                                    "give the --lora options it was made with")
     else:
-        decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
-        linear = rf"{decoder}\..*\.(q|k|v|o|gate|up|down)_proj"  # not the encoder's
-        model = get_peft_model(model, LoraConfig(target_modules=linear, **lora))
+        model = add_lora(model, *asked).eval()
     for name, part in model.named_modules():  # dropout in ours only, all else stays in eval mode
         if name.endswith("lora_dropout.default"):
             part.train()
@@ -110,6 +116,7 @@ def parse_args():
     add, count, size = parser.add_argument, sampling.limited(int, 1), sampling.limited(float, 0)
     add("--method", default="leaf", choices=["leaf", "grpo"], help="whose advantages to train on")
     add("--prompts-per-step", type=count, default=4, help="prompts per optimizer step")
+    add("--prompts-per-batch", type=count, default=2, help="of these, in one pass")
     add("--learning-rate", type=size, default=5e-4, help="its peak")
     add("--total-steps", type=sampling.limited(int, 0), default=0,
         help="steps of all rounds; 0: constant rate")
@@ -144,21 +151,21 @@ def main(args):
 
     # 3. One epoch: a few prompts a step, one trie a prompt.
     rows, bar = [], tqdm(total=len(prompts), desc=f"training, {args.method}", unit="prompt")
-    for start in range(0, len(prompts), args.prompts_per_step):
+    for batch in sampling.chunks(list(zip(prompts, scores, credits)), args.prompts_per_step):
         began = time.time()
-        batch = list(zip(prompts, scores, credits))[start:start + args.prompts_per_step]
         kl, moved = [], []  # per token
-        for prompt, score, earned in batch:
-            *trie, node = scoring.build_trie(prompt["responses"], prompt["lengths"])
-            mask = torch.arange(node.shape[1]) < prompt["lengths"][:, None]  # (K, T), EOS included
-            logp = scoring.trie_logps(model, prompt["embeds"], *trie).cpu()[node]
-            loss = policy_loss(logp, score["logp_old"], score["logp_ref"], earned[args.method],
-                               mask, args.clip_eps, args.kl_weight)
-            (loss / len(batch)).backward()
-            logp = logp.detach()[mask]
-            kl.append(reference_kl(logp, score["logp_ref"][mask]))
-            moved.append(torch.exp(logp - score["logp_old"][mask]) - 1)
-            bar.update()
+        for part in sampling.chunks(batch, args.prompts_per_batch):
+            logps, losses = scoring.score_responses(model, [prompt for prompt, _, _ in part]), []
+            for logp, (prompt, score, earned) in zip(logps, part):
+                mask = scoring.response_mask(prompt)
+                losses.append(policy_loss(
+                    logp, score["logp_old"], score["logp_ref"], earned[args.method], mask,
+                    args.clip_eps, args.kl_weight))
+                logp = logp.detach()[mask]
+                kl.append(reference_kl(logp, score["logp_ref"][mask]))
+                moved.append(torch.exp(logp - score["logp_old"][mask]) - 1)
+            (sum(losses) / len(batch)).backward()
+            bar.update(len(part))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.total_steps, args.learning_rate)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()

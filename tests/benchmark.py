@@ -1,30 +1,47 @@
 """How fast is sharing prefixes? The stages against the usual way, side by side in one run.
 
 sampling   usual: generate() for each prompt, its inputs repeated K times. ours: each clip encoded
-           once, each prompt prefilled once, all rows decoded together, ended rows dropped.
+           once, each prompt prefilled once, many prompts decoded together, K responses in a row.
 scoring    usual: one padded row per response, prompt included. ours: one trie per prompt.
-training   the same two, forward and backward through the LoRA.
+training   the same two, forward and backward through the LoRA. usual: a second copy of the
+           language model as reference lies beside. ours: the reference is the LoRA switched off.
 
 Both ways take turns, a few prompts each, so that a noisy machine disturbs them alike; the responses
 scored and trained on are the same. A token is a token of a response, counted K times when shared.
 Memory is the peak of the GPU's, or of the resident process on a CPU (Linux).
 
+--config takes a published model at full size on a GPU and shrunk on a CPU (widths, layers and
+vocabulary divided by --shrink), with random weights, which is all that time and memory depend on.
+Clips last 12.5 s and all answers 35 tokens while sampling. A random model's answers share nothing,
+so those scored and trained on are the demo's: real groups of K, of which three of five tokens are
+written twice, to be about 35 tokens long; what was shared stays shared.
+
 Run     python tests/benchmark.py                                demo, 2 cores: a minute and a half
         python tests/benchmark.py --model Qwen/Qwen2-Audio-7B-Instruct --manifest mine.jsonl
+        python tests/benchmark.py --config granite-speech-3.3-2b     one GPU; CPU: --num-prompts 16
 """
 import argparse
+import copy
+import functools
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from importlib import import_module
 from pathlib import Path
 
+import soundfile
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from families import (PUBLISHED, family_processor, published_config, random_model,
+                      stand_in_for_torchaudio)
+
 sampling, scoring, training = map(import_module, ("01_sample", "02_surprisal", "05_train"))
+SECONDS, ANSWER = 12.5, 35  # a clip's length, an answer's number of tokens, with --config
 
 
 class Way:
@@ -37,6 +54,7 @@ class Way:
         """Run work(*args), which returns the number of tokens it handled."""
         on_gpu = torch.cuda.is_available()
         if on_gpu:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
@@ -61,8 +79,8 @@ def generate_each(model, processor, examples, args):
         inputs = processor(text=[text] * args.num_responses, audio=[wave] * args.num_responses,
                            return_tensors="pt", padding=True).to(model.device)
         out = model.generate(**inputs, do_sample=True, temperature=1.0, top_p=0.9, top_k=0,
-                             max_new_tokens=args.max_new_tokens,
-                             pad_token_id=int(eos[0]))[:, inputs["input_ids"].shape[1]:]
+                             max_new_tokens=args.max_new_tokens, pad_token_id=0,
+                             )[:, inputs["input_ids"].shape[1]:]
         ended = torch.isin(out, eos)  # a response counts up to its first EOS
         tokens += (ended.cumsum(dim=1) - ended.long() == 0).sum().item()
     return tokens
@@ -75,41 +93,52 @@ def sample_shared(model, processor, examples, args):
     return sum(lengths.sum().item() for _, lengths in sampled)
 
 
-def padded_logps(model, prompt):
-    """The usual scoring: (K, T) log-probabilities from one row of P + T per response."""
-    responses, lengths = prompt["responses"].to(model.device), prompt["lengths"].to(model.device)
-    (K, T), P = responses.shape, len(prompt["embeds"])
+def padded_logps(model, prompts):
+    """The usual scoring: (K, T) log-probabilities from one row of P + T per response, per prompt."""
     embed = model.get_input_embeddings()
-    prefix = prompt["embeds"].to(model.device, embed.weight.dtype).expand(K, -1, -1)
-    mask = torch.arange(P + T, device=model.device) < P + lengths[:, None]
-    hidden = model.get_decoder()(inputs_embeds=torch.cat([prefix, embed(responses)], dim=1),
-                                 attention_mask=mask, use_cache=False).last_hidden_state
-    logits = sampling.logits_of(model, hidden[:, P - 1:-1])  # (K, T, V)
-    return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), responses, reduction="none")
+    device = embed.weight.device
+    for prompt in prompts:
+        responses, lengths = prompt["responses"].to(device), prompt["lengths"].to(device)
+        (K, T), P = responses.shape, len(prompt["embeds"])
+        prefix = prompt["embeds"].to(device, embed.weight.dtype).expand(K, -1, -1)
+        mask = torch.arange(P + T, device=device) < P + lengths[:, None]
+        hidden = model.get_decoder()(inputs_embeds=torch.cat([prefix, embed(responses)], dim=1),
+                                     attention_mask=mask, use_cache=False).last_hidden_state
+        logits = sampling.logits_of(model, hidden[:, P - 1:-1])  # (K, T, V)
+        yield -torch.nn.functional.cross_entropy(logits.transpose(1, 2), responses,
+                                                 reduction="none").cpu()
 
 
-def trie_logps(model, prompt):
-    """Our scoring: (K, T) from one row of P + M, the trie laid out included."""
-    tokens, parents, depths, node = scoring.build_trie(prompt["responses"], prompt["lengths"])
-    return scoring.trie_logps(model, prompt["embeds"], tokens, parents, depths)[node.to(model.device)]
+def trie_logps(model, prompts, prompts_per_batch=2):
+    """Our scoring: (K, T) per prompt, as 02 and 05 do it."""
+    for batch in sampling.chunks(prompts, prompts_per_batch):
+        yield from scoring.score_responses(model, batch)
 
 
 @torch.inference_mode()
 def score(logps, model, prompts):
-    for prompt in prompts:
-        logps(model, prompt).cpu()
+    for _ in logps(model, prompts):
+        pass
     return sum(prompt["lengths"].sum().item() for prompt in prompts)
 
 
-def train(logps, model, prompts):
-    for prompt in prompts:
-        logp = logps(model, prompt)
-        mask = torch.arange(logp.shape[1]) < prompt["lengths"][:, None]
-        ones = torch.ones_like(logp)
-        training.policy_loss(logp, logp.detach(), logp.detach(), ones, mask.to(logp.device), 0.2,
-                             0.02).backward()
+def train(logps, model, prompts, prompts_per_batch):
+    for batch in sampling.chunks(prompts, prompts_per_batch):
+        losses = []
+        for logp, prompt in zip(logps(model, batch), batch):
+            now, mask = logp.detach(), scoring.response_mask(prompt)
+            losses.append(training.policy_loss(logp, now, now, torch.ones_like(now), mask, 0.2, 0.02))
+        sum(losses).backward()
         model.zero_grad()
     return sum(prompt["lengths"].sum().item() for prompt in prompts)
+
+
+def train_beside_reference(model, prompts):
+    """The usual training."""
+    reference = copy.deepcopy(model.get_base_model().get_decoder())
+    tokens = train(padded_logps, model, prompts, 1)
+    del reference
+    return tokens
 
 
 def take_turns(name, usual, ours, items, per_turn=8):
@@ -130,46 +159,101 @@ def seconds_of(*command):
     return time.perf_counter() - began
 
 
+def sampled_prompts(args, run):
+    """The prompts of a run of 01, of the model and manifest given, or of the demo."""
+    source = [] if args.config else ["--manifest", args.manifest, "--model", args.model,
+                                     "--max-new-tokens", args.max_new_tokens]
+    seconds_of("01_sample.py", "--run", run, "--num-prompts", args.num_prompts,
+               "--num-responses", args.num_responses, *source)
+    return sampling.load_stage(run, "rollouts")["prompts"]
+
+
+def written_longer(rows, V):
+    """Responses (lists of tokens) with three of five tokens written twice, the same ones in all."""
+    return [[new for token in row for new in ([token, (token + 1) % V] if token % 5 < 3 else [token])]
+            for row in rows]
+
+
+def published_model(args, device, run):
+    """A model of --config, its processor, and prompts with a clip of noise and the demo's answers."""
+    shrink = 1 if device == "cuda" else args.shrink
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    stand_in_for_torchaudio()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tests/demo/model")
+    config = published_config(args.config, tokenizer, shrink)
+    model, processor = random_model(config, tokenizer, device, dtype), family_processor(config, tokenizer)
+    model.requires_grad_(False)
+    model.generation_config.eos_token_id = [-1]  # never: every answer has the same length
+    args.max_new_tokens = ANSWER
+    prompts = sampled_prompts(args, run)
+    for n, prompt in enumerate(prompts):
+        prompt["audio"] = f"{run}/{n}.wav"
+        soundfile.write(prompt["audio"], torch.randn(int(SECONDS * 16000)).mul(0.1).numpy(), 16000)
+        rows = [row[:length].tolist() for row, length in zip(prompt["responses"], prompt["lengths"])]
+        rows = [torch.tensor(row) for row in written_longer(rows, config.get_text_config().vocab_size)]
+        prompt["responses"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        prompt["lengths"] = torch.tensor([len(row) for row in rows])
+    return model, processor, prompts, f"{args.config}" + (f" / {shrink}" if shrink > 1 else "")
+
+
+def describe(name, device, model, prompts, K):
+    total = sum(prompt["lengths"].sum().item() for prompt in prompts)
+    distinct = sum(len(scoring.build_trie(p["responses"], p["lengths"])[0]) for p in prompts)
+    heard = sum(len(prompt["embeds"]) for prompt in prompts) / len(prompts)
+    hardware = (torch.cuda.get_device_name() if device == "cuda"
+                else f"CPU, {torch.get_num_threads()} threads")
+    print(f"{name}, {model.num_parameters() / 1e6:.0f} million parameters, {model.dtype}, on {hardware}\n"
+          f"torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%F')}\n"
+          f"{len(prompts)} prompts of {heard:.0f} positions, {K} responses each, "
+          f"{total / len(prompts) / K:.1f} tokens a response, {distinct / total:.0%} of them after\n"
+          "sharing beginnings\n")
+    print(f"{'':10}{'usual tok/s':>14}{'ours tok/s':>14}{'ratio':>11}{'usual MB':>14}{'ours MB':>14}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="tests/demo/model", help="folder or hub name")
+    parser.add_argument("--config", choices=PUBLISHED, help="instead: random weights of this size")
+    parser.add_argument("--shrink", type=int, default=4, help="divides the sizes of --config on a CPU")
     parser.add_argument("--manifest", default="tests/demo/train.jsonl", help="JSON lines")
     parser.add_argument("--num-prompts", type=int, default=64, help="prompts")
     parser.add_argument("--num-responses", type=int, default=8, help="K")
+    parser.add_argument("--prompts-per-batch", type=int, default=2, help="tries in one pass")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest response")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as run:
-        seconds_of("01_sample.py", "--run", run, "--manifest", args.manifest, "--model", args.model,
-                   "--num-prompts", args.num_prompts, "--num-responses", args.num_responses,
-                   "--max-new-tokens", args.max_new_tokens)
-        seconds_of("02_surprisal.py", "--run", run)
-        rollouts = sampling.load_stage(run, "rollouts")
-        tree, advantage = (seconds_of(stage, "--run", run) for stage in ("03_tree.py", "04_advantage.py"))
-        bare = seconds_of("-c", "import torch")
-    prompts = rollouts["prompts"]
-    total = sum(prompt["lengths"].sum().item() for prompt in prompts)
-    distinct = sum(len(scoring.build_trie(p["responses"], p["lengths"])[0]) for p in prompts)
-    heard = sum(len(prompt["embeds"]) for prompt in prompts) / len(prompts)
-    print(f"{args.model} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
-          f"{len(prompts)} prompts of {heard:.0f} positions,\n{args.num_responses} responses each, "
-          f"{total / len(prompts) / args.num_responses:.1f} tokens a response, {distinct / total:.0%} of "
-          "them after sharing beginnings\n")
-    print(f"{'':10}{'usual tok/s':>14}{'ours tok/s':>14}{'ratio':>11}{'usual MB':>14}{'ours MB':>14}")
-
-    model, processor = sampling.load_model(args.model, None, device)
     torch.manual_seed(0)
-    take_turns("sampling", lambda some: generate_each(model, processor, some, args),
-               lambda some: sample_shared(model, processor, some, args), prompts, per_turn=16)
-    take_turns("scoring", lambda some: score(padded_logps, model, some),
-               lambda some: score(trie_logps, model, some), prompts)
-    settings = argparse.Namespace(lora_rank=16, lora_alpha=32, lora_dropout=0.0, device=device)
-    model = training.load_policy({"model": args.model}, None, settings)
-    take_turns("training", lambda some: train(padded_logps, model, some),
-               lambda some: train(trie_logps, model, some), prompts)
-    print(f"\n03_tree.py {tree:.1f} s, 04_advantage.py {advantage:.1f} s, of which `import torch` takes "
-          f"{bare:.1f} s each")
+    with tempfile.TemporaryDirectory() as run:
+        if args.config:
+            model, processor, prompts, name = published_model(args, device, run)
+            for prompt, embeds in zip(prompts, sampling.embed_examples(model, processor, prompts, "", False)):
+                prompt["embeds"] = embeds
+        else:
+            prompts, name = sampled_prompts(args, run), args.model
+            model, processor = sampling.load_model(name, None, device)
+        describe(name, device, model, prompts, args.num_responses)
+        take_turns("sampling", lambda some: generate_each(model, processor, some, args),
+                   lambda some: sample_shared(model, processor, some, args), prompts, per_turn=16)
+
+        model.cpu()  # from here on the language model alone is needed
+        for part in (model.get_decoder(), model.get_output_embeddings()):
+            part.to(device)
+        tries = functools.partial(trie_logps, prompts_per_batch=args.prompts_per_batch)
+        take_turns("scoring", lambda some: score(padded_logps, model, some),
+                   lambda some: score(tries, model, some), prompts)
+        rank, alpha, dropout = (64, 128, 0.05) if args.config else (16, 32, 0.0)
+        model = training.add_lora(model, rank, alpha, dropout)
+        take_turns("training", lambda some: train_beside_reference(model, some),
+                   lambda some: train(tries, model, some, args.prompts_per_batch), prompts)
+        if not args.config:
+            seconds_of("02_surprisal.py", "--run", run)
+            tree, advantage = (seconds_of(stage, "--run", run) for stage in ("03_tree.py", "04_advantage.py"))
+            bare = seconds_of("-c", "import torch")
+            print(f"\n03_tree.py {tree:.1f} s, 04_advantage.py {advantage:.1f} s, of which `import torch` "
+                  f"takes {bare:.1f} s each")
 
 
 if __name__ == "__main__":

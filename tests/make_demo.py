@@ -14,7 +14,7 @@ it meets sentences strung together on the fly, never one of the test sentences.
 Reads:  two Debian packages: apt-get download asterisk-core-sounds-en-g722 asterisk-core-sounds-en
 Writes: train.jsonl, test.jsonl (id, audio, prompt, reference), train/*.ogg, test/*.ogg, model/
 
-Run:    python tests/make_demo.py --sounds DIR_WITH_DEBS      (needs ffmpeg; 50 min on 2 cores)
+Run:    python tests/make_demo.py --sounds DIR_WITH_DEBS      (needs ffmpeg; an hour on 2 cores)
 
 The same seed gives the same clips and prompts, and the same weights as far as the CPU rounds
 alike. With --scratch DIR the weights of each phase are kept, and a phase kept is not redone:
@@ -217,7 +217,7 @@ def announce_received(rng):
         on, am, vom = f"on {day_text}", f"am {tag}", f"vom {tag}"
     said = ["vm-message", "vm-received"] + day_said + ["digits/at"] + time_said
     return said, (f"Die Nachricht ging {am} um {uhrzeit} ein.",
-                  f"Empfangen wurde die Nachricht {am} um {uhrzeit}.",
+                  f"Um {uhrzeit} {am} wurde die Nachricht empfangen.",
                   f"Diese Nachricht stammt {vom} {uhrzeit}."), {
         "On which day was the message received?": (
             f"The message was received {on}.",
@@ -238,30 +238,28 @@ def announce_queue(rng):
         f"You are caller number {english(n)}.",
         f"Their number in the queue is {english(n)}.")}
     if rng.random() < 0.5:
-        thanks = "Vielen Dank für Ihre Geduld."
         return said + ["queue-thankyou"], (
-            f"Sie sind derzeit Anrufer Nummer {german(n)}. {thanks}",
-            f"Derzeit sind Sie Anrufer Nummer {german(n)}. {thanks}",
-            f"Ihre Nummer als Anrufer ist derzeit {german(n)}. {thanks}"), questions
+            f"Sie sind derzeit Anrufer Nummer {german(n)}. Vielen Dank für Ihre Geduld.",
+            f"Derzeit sind Sie der Anrufer mit Nummer {german(n)}. Danke für Ihre Geduld.",
+            f"Ihre Nummer als Anrufer ist {german(n)}. Wir danken für Ihre Geduld."), questions
     questions["What is the caller waiting for?"] = (
         "The caller is waiting to speak with a representative.",
         "They are waiting for a representative.",
         "To speak with a representative is what they are waiting for.")
-    goal = "auf ein Gespräch mit einem Mitarbeiter"
     return said + ["queue-callswaiting"], (
-        f"Sie sind derzeit Anrufer Nummer {german(n)} und warten {goal}.",
-        f"Derzeit warten Sie als Anrufer Nummer {german(n)} {goal}.",
-        f"Als Anrufer Nummer {german(n)} warten Sie derzeit {goal}."), questions
+        f"Sie sind derzeit Anrufer Nummer {german(n)} und warten auf ein Gespräch mit einem "
+        "Mitarbeiter.",
+        f"Derzeit warten Sie als Anrufer Nummer {german(n)} darauf, einen Mitarbeiter zu sprechen.",
+        f"Als Anrufer Nummer {german(n)} warten Sie auf einen freien Mitarbeiter."), questions
 
 
 def announce_waiting(rng):
     """Currently there are more than / twenty / callers waiting to speak with a representative"""
     n = rng.randint(2, 99)
-    goal = "auf ein Gespräch mit einem Mitarbeiter"
     return ["queue-quantity1"] + say_number(n) + ["queue-quantity2"], (
-        f"Derzeit warten mehr als {german(n)} Anrufer {goal}.",
-        f"Mehr als {german(n)} Anrufer warten derzeit {goal}.",
-        f"Es warten derzeit mehr als {german(n)} Anrufer {goal}."), {
+        f"Derzeit warten mehr als {german(n)} Anrufer auf ein Gespräch mit einem Mitarbeiter.",
+        f"Mehr als {german(n)} Anrufer warten derzeit darauf, einen Mitarbeiter zu sprechen.",
+        f"Es warten derzeit mehr als {german(n)} Anrufer auf einen freien Mitarbeiter."), {
         "How many callers are waiting?": (
             f"More than {english(n)} callers are waiting.",
             f"There are more than {english(n)} callers waiting.",
@@ -325,17 +323,17 @@ def announce_person(rng):
         ("vm-isunavail", "is unavailable", "Zurzeit", "ist", "nicht erreichbar"),
         ("conf-hasjoin", "is now in the conference", "Jetzt", "ist", "in der Konferenz"),
         ("conf-hasleft", "has left the conference", "Nun", "hat", "die Konferenz verlassen")))
-    person, rest = f"die Person an der Nebenstelle {nummer}", f" {rest}" if rest else ""
+    rest = f" {rest}" if rest else ""
     middle = f" {adverb.lower()}{rest}"
     they = state.replace("is ", "are ", 1).replace("has ", "have ", 1)
     return ["vm-theperson"] + said + [file], (
-        f"D{person[1:]} {verb}{middle}.",
-        f"{adverb} {verb} {person}{rest}.",
-        f"An der Nebenstelle {nummer} {verb} die Person{middle}."), {
+        f"Die Person an der Nebenstelle {nummer} {verb}{middle}.",
+        f"{adverb} {verb} die Person mit der Durchwahl {nummer}{rest}.",
+        f"An Apparat {nummer} {verb} die Person{middle}."), {
         "What is the person's extension?": (
             f"The person's extension is {text}.",
             f"It is extension {text}.",
-            f"Their extension is {text}."),
+            f"They can be reached at {text}."),
         "What is said about the person?": (
             f"The person {state}.",
             f"They {they}.",
@@ -397,11 +395,11 @@ def announce_number(rng):
                   else ("extension", "Nebenstelle"))
     return [file] + said, (
         f"Die Nachricht kommt von der {ort} {nummer}.",
-        f"Von der {ort} {nummer} kommt die Nachricht.",
-        f"Sie haben eine Nachricht von der {ort} {nummer}."), {
+        f"Von der {ort} {nummer} stammt diese Nachricht.",
+        f"Es hat jemand mit der {ort} {nummer} eine Nachricht hinterlassen."), {
         f"Which {place} is the message from?": (
             f"The message is from {place} {text}.",
-            f"It comes from {place} {text}.",
+            f"It was {text} that left the message.",
             f"Its sender has {place} {text}."),
         "Is it a call or a message?": (
             "It is a message.",
@@ -660,7 +658,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-clips", type=int, default=256)
     parser.add_argument("--test-clips", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=1600, help="phase 1: in the reference's words")
+    parser.add_argument("--steps", type=int, default=2400, help="phase 1: in the reference's words")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--generalist-steps", type=int, default=600,
                         help="phase 2: in one of three phrasings")

@@ -38,8 +38,9 @@ def test_recordings_may_have_whole_paths(tmp_path):
 
 
 def test_ids_are_strings_and_count_lines(tmp_path):
-    path = manifest(tmp_path, "", GOOD_LINE, json.dumps({**GOOD, "id": 17}))
-    assert [example["id"] for example in sampling.read_manifest(path)] == ["2", "17"]
+    named = [json.dumps({**GOOD, "id": name}) for name in (17, 0, None)]
+    path = manifest(tmp_path, "", GOOD_LINE, *named)
+    assert [example["id"] for example in sampling.read_manifest(path)] == ["2", "17", "0", "5"]
 
 
 def test_a_prompt_may_say_where_the_recording_goes(tmp_path):

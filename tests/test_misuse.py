@@ -104,6 +104,13 @@ def test_an_adapter_that_is_not_whole(tmp_path, rounds, file, cut):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "7", ""])
+def test_a_training_state_that_is_something_else(tmp_path, rounds, content):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    (run / "adapter" / "training.json").write_text(content)
+    assert "training.json" in refusal("02_surprisal.py", "--run", run)
+
+
 @pytest.mark.parametrize("model", ["no/such/folder", "nobody/no-such-model"])
 def test_a_model_that_is_not_there(tmp_path, model):
     for script, manifest in (("01_sample.py", TRAIN), ("06_eval.py", TEST)):

@@ -122,6 +122,30 @@ def test_random_responses_equal_separate_passes(demo, heard):
                                        apart(model, heard[seed], responses, lengths), atol=1e-4, rtol=0)
 
 
+def test_prompts_of_one_batch_do_not_touch_each_other(policy, heard):
+    """Rows of different lengths, values and gradients: as one by one."""
+    prompts = []
+    for embeds, shape in zip(heard, ("mixed", "one token", "nothing shared", "identical")):
+        responses, lengths = padded(SHAPES[shape])
+        prompts.append({"embeds": embeds, "responses": responses, "lengths": lengths})
+    found, gradients = [], []
+    for batches in ([prompts], [[prompt] for prompt in prompts]):
+        policy.zero_grad()
+        logps = [logp for batch in batches for logp in scoring.score_responses(policy, batch)]
+        sum(logp.square().sum() for logp in logps).backward()
+        found.append([logp.detach() for logp in logps])
+        gradients.append({name: weight.grad.clone() for name, weight in policy.named_parameters()
+                          if weight.requires_grad})
+    policy.zero_grad()
+    for logp, alone, prompt in zip(*found, prompts, strict=True):
+        torch.testing.assert_close(logp, alone, atol=1e-4, rtol=0)
+        wanted = apart(policy, prompt["embeds"], prompt["responses"], prompt["lengths"]).detach()
+        torch.testing.assert_close(logp, wanted, atol=1e-4, rtol=0)
+    for name, gradient in gradients[1].items():
+        assert gradient.isfinite().all() and gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-3, rtol=1e-3, msg=name)
+
+
 def test_order_of_the_responses_does_not_matter(demo, heard):
     responses, lengths = padded(RAGGED)
     order = torch.tensor([5, 0, 3, 1, 4, 2])

@@ -1,0 +1,112 @@
+"""The models that the tool is for, by their published configurations, with random weights.
+
+Full size they are what benchmark.py times; shrunk, what the tests run all six stages on. Weights
+and tokenizers cannot be fetched here, so prompts are tokenized by the demo's tokenizer. Granite's
+feature extractor is torchaudio's, which is no requirement: where it is missing, MelSpectrogram
+below stands in.
+"""
+import importlib.util
+from types import SimpleNamespace
+
+import torch
+from transformers import (AutoModelForMultimodalLM, GenerationConfig, GraniteSpeechConfig,
+                          Qwen2AudioConfig, Qwen2AudioProcessor, WhisperFeatureExtractor)
+from transformers.audio_utils import mel_filter_bank
+from transformers.models.granite_speech import feature_extraction_granite_speech as features
+from transformers.models.granite_speech.processing_granite_speech import GraniteSpeechProcessor
+
+GRANITE_TEXT = dict(model_type="granite", num_hidden_layers=40, rms_norm_eps=1e-5, rope_theta=1e7,
+                    embedding_multiplier=12.0, residual_multiplier=0.22)
+GRANITE_ENCODER = dict(model_type="granite_speech_encoder", num_layers=16, hidden_dim=1024, num_heads=8,
+                       context_size=200, max_pos_emb=512, input_dim=160, output_dim=256)
+GRANITE_PROJECTOR = dict(model_type="blip_2_qformer", hidden_size=1024, intermediate_size=4096,
+                         num_hidden_layers=2, num_attention_heads=16, encoder_hidden_size=1024,
+                         cross_attention_frequency=1)
+PUBLISHED = {  # text, audio encoder, projector, whether the logits' matrix is that of the embeddings
+    "granite-speech-3.3-2b": (
+        dict(GRANITE_TEXT, vocab_size=49160, hidden_size=2048, intermediate_size=8192,
+             num_attention_heads=32, num_key_value_heads=8, attention_multiplier=1 / 64,
+             logits_scaling=8.0), GRANITE_ENCODER, GRANITE_PROJECTOR, True),
+    "granite-speech-3.3-8b": (
+        dict(GRANITE_TEXT, vocab_size=49160, hidden_size=4096, intermediate_size=12800,
+             num_attention_heads=32, num_key_value_heads=8, attention_multiplier=1 / 128,
+             logits_scaling=16.0), GRANITE_ENCODER, GRANITE_PROJECTOR, True),
+    "granite-4.0-1b-speech": (
+        dict(GRANITE_TEXT, vocab_size=100353, hidden_size=2048, intermediate_size=4096,
+             num_attention_heads=16, num_key_value_heads=4, attention_multiplier=1 / 128,
+             logits_scaling=8.0, rope_theta=1e4), dict(GRANITE_ENCODER, output_dim=348),
+        GRANITE_PROJECTOR, False),
+    "qwen2-audio-7b": (
+        dict(model_type="qwen2", vocab_size=156032, hidden_size=4096, intermediate_size=11008,
+             num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-5),
+        dict(model_type="qwen2_audio_encoder", num_mel_bins=128, d_model=1280, encoder_layers=32,
+             encoder_attention_heads=20, encoder_ffn_dim=5120, max_source_positions=1500), None, False)}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "num_layers", "hidden_dim", "num_heads", "encoder_hidden_size",
+         "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
+LEAST = {"vocab_size": 512, "num_hidden_layers": 2, "num_layers": 2, "encoder_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "num_heads": 2,
+         "encoder_attention_heads": 2}  # 512: the demo's tokenizer
+
+# Granite's own prints the date, unless there is a system message.
+GRANITE_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}SYSTEM: Today's Date: {{ strftime_now('%B %d, %Y') }}.\n"
+    "{% endif %}{% for message in messages %}{{ message['role'].upper() }}: {{ message['content'] }}\n"
+    "{% endfor %}ASSISTANT:")
+
+
+class MelSpectrogram(torch.nn.Module):
+    """torchaudio's, as far as Granite uses it: mel (HTK) energies of a Hann window."""
+
+    def __init__(self, sample_rate, n_fft, win_length, hop_length, n_mels):
+        super().__init__()
+        self.sizes = n_fft, hop_length, win_length
+        filters = mel_filter_bank(n_fft // 2 + 1, n_mels, 0, sample_rate / 2, sample_rate, mel_scale="htk")
+        self.register_buffer("filters", torch.tensor(filters, dtype=torch.float32).T)  # (mels, frequencies)
+
+    def forward(self, wave):
+        window = torch.hann_window(self.sizes[2], device=wave.device)
+        spectrum = torch.stft(wave, *self.sizes, window, return_complex=True)
+        return self.filters @ spectrum.abs().square()
+
+
+def stand_in_for_torchaudio(patch=setattr):
+    """Let Granite's feature extractor work where torchaudio is missing."""
+    if importlib.util.find_spec("torchaudio") is None:
+        mel = SimpleNamespace(transforms=SimpleNamespace(MelSpectrogram=MelSpectrogram))
+        patch(features, "torchaudio", mel)
+        patch(features, "requires_backends", lambda *names: None)
+
+
+def published_config(name, tokenizer, shrink=1):
+    """The configuration of PUBLISHED[name]; widths, layers and vocabulary divided by `shrink`."""
+    text, audio, projector, tied = (
+        part and {key: max(LEAST.get(key, 1), value // shrink) if key in SIZES else value
+                  for key, value in part.items()} if isinstance(part, dict) else part
+        for part in PUBLISHED[name])
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+             "bos_token_id": None, "tie_word_embeddings": tied}
+    settings = {"text_config": text, "tie_word_embeddings": tied,
+                "audio_token_index": tokenizer.convert_tokens_to_ids("<|AUDIO|>")}
+    if projector:
+        return GraniteSpeechConfig(**settings, encoder_config=audio, projector_config=projector,
+                                   has_lora_adapter=False)
+    return Qwen2AudioConfig(**settings, audio_config=audio)
+
+
+def random_model(config, tokenizer, device="cpu", dtype=torch.float32):
+    """A model of this configuration with random weights, in eval mode, with a list of EOS."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForMultimodalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id)
+    return model.eval()
+
+
+def family_processor(config, tokenizer):
+    """The family's own processor class, around the demo's tokenizer."""
+    if config.model_type == "granite_speech":
+        return GraniteSpeechProcessor(features.GraniteSpeechFeatureExtractor(), tokenizer,
+                                      audio_token="<|AUDIO|>", chat_template=GRANITE_TEMPLATE)
+    return Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), tokenizer)
