@@ -73,7 +73,7 @@ def load_policy(meta, adapter, args):
             raise sampling.BadInput(f"{adapter} has rank, alpha and dropout {made}, not {asked}: "
                                     "give the --lora options it was made with")
     else:
-        model = add_lora(model, *asked).eval()
+        model = add_lora(model, *asked)
     for name, part in model.named_modules():  # dropout in ours only, all else stays in eval mode
         if name.endswith("lora_dropout.default"):
             part.train()

@@ -54,3 +54,9 @@ def test_corpus_bleu():
         texts = case["hypotheses"], case["references"]
         assert evaluation.corpus_bleu(*texts, False) == near(case["cased"]), f"corpus {number}"
         assert evaluation.corpus_bleu(*texts, True) == near(case["lowercased"]), f"corpus {number}"
+
+
+def test_a_corpus_without_four_words_scores_nothing():
+    """As sacrebleu's corpus_bleu; the effective order is for single sentences."""
+    assert evaluation.corpus_bleu(["yes", "a b"], ["yes", "a b"]) == 0
+    assert credit.sentence_bleu("a b", "a b") == 1

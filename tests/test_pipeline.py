@@ -2,12 +2,14 @@
 import csv
 import json
 import shutil
+import statistics
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import MODEL, SCRIPTS, TEST, TRAIN, call, load, parsed, sampled_round
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sampling = import_module("01_sample")
 credit = import_module("04_advantage")
@@ -226,6 +228,42 @@ def test_the_table_agrees_with_the_predictions(pipeline):
     assert float(last["bleu_greedy"]) == pytest.approx(evaluation.corpus_bleu(texts, references, True), abs=0.006)
     exact = sum(a.split() == b.split() for a, b in zip(texts, references)) / len(texts)
     assert float(last["exact_match"]) == pytest.approx(100 * exact, abs=0.06)
+
+
+def test_the_scores_are_those_of_either_models_answers(tmp_path, rounds):
+    """Base and adapter (made strong, so that they differ), sampled and greedy, by the parts of 01.
+    Two references are the base's answers, one of them in capitals: BLEU ignores case, exact match
+    does not."""
+    def load_and_ask(adapter, K, temperature, seed=5):
+        model, processor = sampling.load_model(str(MODEL), adapter)
+        embeds = sampling.embed_examples(model, processor, examples, "", False)
+        torch.manual_seed(seed)
+        sampled = sampling.sample_all(model, embeds, 32, K, 24, temperature, 0.9)
+        return [processor.tokenizer.batch_decode([r[k, :n[k]] for r, n in sampled], skip_special_tokens=True)
+                for k in range(K)]
+
+    evaluation, run = import_module("06_eval"), shutil.copytree(rounds.trained, tmp_path / "run")
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    save_file({name: weight * 30 if "lora_B" in name else weight for name, weight in weights.items()},
+              run / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    examples = sampling.read_manifest(TEST)[:4]
+    [answered] = load_and_ask(None, 1, 0)
+    examples[0]["reference"], examples[1]["reference"] = answered[0], answered[1].upper()
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(example) for example in [
+        {**example, "audio": str(Path(example["audio"]).resolve())} for example in examples]))
+    call("06_eval.py", "--run", run, "--manifest", tmp_path / "test.jsonl", "--passes", 3,
+         "--max-new-tokens", 24, "--seed", 5)
+    rows, references = table(run / "eval.csv"), [example["reference"] for example in examples]
+    for row, adapter in zip(rows, (None, run / "adapter"), strict=True):
+        passes, [greedy] = load_and_ask(adapter, 3, 0.9), load_and_ask(adapter, 1, 0)
+        bleus = [evaluation.corpus_bleu(texts, references, lowercase=True) for texts in passes]
+        exact = [text == reference for text, reference in zip(greedy, references)]
+        for name, value in (("bleu_sampled", statistics.fmean(bleus)),
+                            ("bleu_sampled_std", statistics.stdev(bleus)),
+                            ("bleu_greedy", evaluation.corpus_bleu(greedy, references, lowercase=True)),
+                            ("exact_match", 100 * statistics.fmean(exact))):
+            assert float(row[name]) == pytest.approx(value, abs=0.051), (row["method"], name)
+    assert float(rows[0]["exact_match"]) >= 25 and rows[0]["bleu_greedy"] != rows[1]["bleu_greedy"]
 
 
 def test_evaluation_is_added_and_repeats(tmp_path, rounds):

@@ -142,6 +142,22 @@ def test_greedy_decoding_equals_the_models_own_forward(no_end, heard, greedy):
         assert len(tokens) == LIMIT and lead.max() < 1e-4
 
 
+def test_a_response_sees_its_prompt_and_itself_alone(no_end, heard, monkeypatch):
+    """K different responses share a row of the cache; the logits that each was drawn from, step by
+    step, are those of the model's own pass over prompt and response."""
+    seen, draw = [], sampling.choose_tokens
+    monkeypatch.setattr(sampling, "choose_tokens",
+                        lambda logits, *settings: (seen.append(logits), draw(logits, *settings))[1])
+    torch.manual_seed(0)
+    sampled = sampling.sample_responses(no_end, heard, 3, LIMIT, 2.0, 1.0)
+    steps = torch.stack(seen).view(LIMIT, len(heard), 3, -1)
+    for n, (responses, _) in enumerate(sampled):
+        assert len({tuple(row) for row in responses.tolist()}) == 3
+        for k, tokens in enumerate(responses):
+            torch.testing.assert_close(steps[:, n, k], whole_forward(no_end, heard[n], tokens),
+                                       atol=1e-3, rtol=0)
+
+
 def test_a_prompt_alone_is_answered_as_in_a_batch(no_end, heard, greedy):
     for embeds, tokens in zip(heard, greedy):
         [(alone, _)] = sampling.sample_responses(no_end, [embeds], 1, LIMIT, 0, 1.0)

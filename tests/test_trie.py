@@ -129,6 +129,9 @@ def test_prompts_of_one_batch_do_not_touch_each_other(policy, heard):
         responses, lengths = padded(SHAPES[shape])
         prompts.append({"embeds": embeds, "responses": responses, "lengths": lengths})
     found, gradients = [], []
+    masks = []
+    hook = policy.get_decoder().register_forward_pre_hook(
+        lambda part, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
     for batches in ([prompts], [[prompt] for prompt in prompts]):
         policy.zero_grad()
         logps = [logp for batch in batches for logp in scoring.score_responses(policy, batch)]
@@ -137,6 +140,8 @@ def test_prompts_of_one_batch_do_not_touch_each_other(policy, heard):
         gradients.append({name: weight.grad.clone() for name, weight in policy.named_parameters()
                           if weight.requires_grad})
     policy.zero_grad()
+    hook.remove()
+    assert masks[0].shape[0] == 4 and all(mask.any(dim=-1).all() for mask in masks)  # or a GPU says NaN
     for logp, alone, prompt in zip(*found, prompts, strict=True):
         torch.testing.assert_close(logp, alone, atol=1e-4, rtol=0)
         wanted = apart(policy, prompt["embeds"], prompt["responses"], prompt["lengths"]).detach()
