@@ -184,6 +184,11 @@ def fold_adapters(model):
         del model.peft_config
     return model
 
+def machine_memory():
+    """Bytes; infinity where the system does not say."""
+    names = "SC_PHYS_PAGES", "SC_PAGE_SIZE"
+    return math.prod(map(os.sysconf, names)) if hasattr(os, "sysconf") else math.inf
+
 def load_model(model, adapter=None, device="cpu", hear=True):
     """Load a speech LLM, with our LoRA on top if given: (model, processor), in eval mode.
 
@@ -208,10 +213,9 @@ def load_model(model, adapter=None, device="cpu", hear=True):
         auto = transformers.AutoModelForMultimodalLM
         with torch.device("meta"):  # its size, before anything is loaded or downloaded
             size = auto.from_config(transformers.AutoConfig.from_pretrained(model)).num_parameters()
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if on_cpu and 4 * size > memory:
+        if on_cpu and 4 * size > machine_memory():
             raise MemoryError(f"{size / 1e9:.1f} billion parameters need {4 * size / 1e9:.0f} GB "
-                              f"on a CPU, of {memory / 1e9:.0f} here: take a GPU, --device cuda")
+                              "on a CPU, more than there is: take a GPU, --device cuda")
         lm = auto.from_pretrained(model, dtype=torch.float32 if on_cpu else torch.bfloat16,
                                   attn_implementation="sdpa")
     except ImportError as error:  # Granite's features are torchaudio's

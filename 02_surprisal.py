@@ -5,14 +5,14 @@ where it decided. Stage 3 looks for the forks there. Sampling cut the distributi
 surprisal is that of the full softmax at temperature 1 (step 1).
 
 The K responses share their prompt, most of it audio, and often their beginnings. Laid out as a
-trie, each shared beginning once, they need one forward pass in which a token sees the prompt and
-its own ancestors. The result is that of K separate passes.
+trie, each shared beginning once, they need one row in which a token sees the prompt and its own
+ancestors. The result is that of K separate passes.
 
 Reads   RUN/rollouts.pt, the model, RUN/adapter if there
 Writes  RUN/surprisal.pt, per prompt, each (K, T) float32 in nats, 0 at padding: logp_old under the
         policy that sampled; logp_ref under the reference, the same model with its LoRA switched
         off; surprisal = -logp_old
-Run     python 02_surprisal.py                                   demo, 2 cores: about 8 s
+Run     python 02_surprisal.py                                   demo, 2 cores: about 5 s
 """
 from importlib import import_module
 
@@ -62,9 +62,11 @@ def trie_mask(parents, P):
     return mask
 
 def batch_logps(model, embeds, tries):
-    """trie_logps of N prompts in one forward pass, a row each: a list (N) of (M_i,).
+    """Log-probability, in nats, of each trie token given its ancestors: a list of (M_i,) float32.
 
-    embeds: list of (P_i, D); tries: list of (tokens, parents, depths). Rows are padded at the end.
+    embeds: list of (P_i, D); tries: list of (tokens, parents, depths), each (M_i,), as build_trie
+    makes them. One forward pass, a row a prompt, padded at the end, with gradients where they are
+    enabled; equal to K separate passes per prompt up to rounding.
     """
     embed, rows, positions, masks = model.get_input_embeddings(), [], [], []
     device = embed.weight.device  # subtle: not model.device, the audio tower's, which stays behind
@@ -89,11 +91,7 @@ def batch_logps(model, embeds, tries):
     return logps.split([len(state) for state in states])
 
 def trie_logps(model, embeds, tokens, parents, depths):
-    """Log-probability of each trie token given prompt and ancestors, (M,) float32 in nats.
-
-    embeds (P, D); tokens, parents, depths (M,) as build_trie makes them. One forward pass, with
-    gradients where they are enabled; equal to K separate passes up to rounding.
-    """
+    """batch_logps of a single prompt: embeds (P, D); tokens, parents, depths (M,) -> (M,)."""
     return batch_logps(model, [embeds], [(tokens, parents, depths)])[0]
 
 def response_mask(prompt):
@@ -101,7 +99,7 @@ def response_mask(prompt):
     return torch.arange(prompt["responses"].shape[1]) < prompt["lengths"][:, None]
 
 def score_responses(model, prompts):
-    """Log-probabilities of the responses of some prompts: a list of (K, T), 0 at padding."""
+    """Log-probabilities of some prompts' responses, in one pass: a list of (K, T), 0 at padding."""
     tries = [build_trie(prompt["responses"], prompt["lengths"]) for prompt in prompts]
     logps = batch_logps(model, [prompt["embeds"] for prompt in prompts], [t[:3] for t in tries])
     return [logp.cpu()[node].masked_fill(~response_mask(prompt), 0.0)

@@ -8,7 +8,7 @@ held. As there, a prompt is one row, its trie: what K responses share is compute
 Reads   RUN/rollouts.pt, RUN/surprisal.pt, RUN/advantages.pt, the model, RUN/adapter if there
 Writes  RUN/adapter/, a PEFT adapter with optimizer.pt and training.json; RUN/train.csv, a row per
         optimizer step
-Run     python 05_train.py                                       demo, 2 cores: about 10 s
+Run     python 05_train.py                                       demo, 2 cores: about 8 s
         python 05_train.py --method grpo --run runs/grpo         in a copy of the run's folder
 
 Differs from the paper: the learning rate is constant, unless --total-steps says how long training
