@@ -50,8 +50,10 @@ class Way:
     def __init__(self):
         self.seconds = self.tokens = self.peak = 0
 
-    def turn(self, work, *args):
-        """Run work(*args), which returns the number of tokens it handled."""
+    def turn(self, work, items, beside=None):
+        """Run work(items), which returns the number of tokens it handled. What beside() makes lies
+        in memory meanwhile; making it is not timed."""
+        lies_beside = beside() if beside else None
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.empty_cache()
@@ -59,7 +61,7 @@ class Way:
         else:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         began = time.perf_counter()
-        self.tokens += work(*args)
+        self.tokens += work(items)
         if on_gpu:
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - began
@@ -67,6 +69,7 @@ class Way:
         peak = torch.cuda.max_memory_allocated() if on_gpu else (
             1024 * int(status.split("VmHWM:")[1].split()[0]))
         self.peak = max(self.peak, peak)
+        del lies_beside
 
 
 def generate_each(model, processor, examples, args):
@@ -133,21 +136,13 @@ def train(logps, model, prompts, prompts_per_batch):
     return sum(prompt["lengths"].sum().item() for prompt in prompts)
 
 
-def train_beside_reference(model, prompts):
-    """The usual training."""
-    reference = copy.deepcopy(model.get_base_model().get_decoder())
-    tokens = train(padded_logps, model, prompts, 1)
-    del reference
-    return tokens
-
-
-def take_turns(name, usual, ours, items, per_turn=8):
+def take_turns(name, usual, ours, items, per_turn=8, beside=None):
     """Both ways on all items, per_turn at a time; prints their row of the table."""
     ways = Way(), Way()
     usual(items[:1]), ours(items[:1])  # warm-up
-    for start in range(0, len(items), per_turn):
-        for way, work in zip(ways, (usual, ours)):
-            way.turn(work, items[start:start + per_turn])
+    for some in sampling.chunks(items, per_turn):
+        ways[0].turn(usual, some, beside)
+        ways[1].turn(ours, some)
     rates = [way.tokens / way.seconds for way in ways]
     print(f"{name:10}{rates[0]:14.0f}{rates[1]:14.0f}{rates[1] / rates[0]:9.1f} x"
           f"{ways[0].peak / 2**20:14.0f}{ways[1].peak / 2**20:14.0f}", flush=True)
@@ -246,8 +241,9 @@ def main():
                    lambda some: score(tries, model, some), prompts)
         rank, alpha, dropout = (64, 128, 0.05) if args.config else (16, 32, 0.0)
         model = training.add_lora(model, rank, alpha, dropout)
-        take_turns("training", lambda some: train_beside_reference(model, some),
-                   lambda some: train(tries, model, some, args.prompts_per_batch), prompts)
+        take_turns("training", lambda some: train(padded_logps, model, some, 1),
+                   lambda some: train(tries, model, some, args.prompts_per_batch), prompts,
+                   beside=lambda: copy.deepcopy(model.get_base_model().get_decoder()))
         if not args.config:
             seconds_of("02_surprisal.py", "--run", run)
             tree, advantage = (seconds_of(stage, "--run", run) for stage in ("03_tree.py", "04_advantage.py"))
