@@ -302,9 +302,11 @@ def choose_tokens(logits, temperature, top_p):
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    outside = probs.cumsum(dim=-1) - probs >= top_p  # likelier tokens fill the nucleus already
-    outside[:, 0] = False
-    return order.gather(1, torch.multinomial(probs.masked_fill(outside, 0.0), 1)).squeeze(1)
+    sums = probs.cumsum(dim=-1)
+    size = (sums - probs < top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # of the nucleus, (R, 1)
+    drawn = torch.rand_like(sums[:, :1]) * sums.gather(1, size - 1)
+    place = torch.searchsorted(sums, drawn, right=True)  # the first whose sum is above what is drawn
+    return order.gather(1, place.minimum(size - 1)).squeeze(1)
 
 @torch.inference_mode()
 def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
