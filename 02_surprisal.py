@@ -125,6 +125,9 @@ def main(args):
         if adapter:
             with model.disable_adapter():
                 logp_ref = score_responses(model, batch)
+        if not all(logp.isfinite().all() for logp in logp_old + logp_ref):
+            raise sampling.BadInput(f"{meta['model']} gives log-probabilities that are no numbers: "
+                                    "its weights, or the adapter's, are broken")
         prompts += [{"logp_old": old, "logp_ref": ref, "surprisal": -old}
                     for old, ref in zip(logp_old, logp_ref)]
         bar.update(len(batch))

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import MODEL, SCRIPTS, SMALL, TEST, TRAIN, call, load, parsed, refusal, sampled_round, shell
+from conftest import (MODEL, SCRIPTS, SMALL, TEST, TRAIN, call, load, parsed, refusal, sampled_round,
+                      shell)
+from safetensors.torch import load_file, save_file
 
 sampling = import_module("01_sample")
 
@@ -123,6 +125,17 @@ def test_a_model_that_went_away(tmp_path, sampled):
     sampling.save_stage(sampled, "rollouts", gone, rollouts["prompts"])
     for script in ("02_surprisal.py", "05_train.py"):
         assert str(tmp_path / "gone") in refusal(script, "--run", sampled)
+
+
+def test_a_model_whose_weights_are_no_numbers(tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    [norm] = [name for name in weights if name.endswith("language_model.model.norm.weight")]
+    save_file({**weights, norm: weights[norm] * float("nan")}, model / "model.safetensors",
+              metadata={"format": "pt"})
+    call("01_sample.py", "--run", tmp_path / "run", *SMALL, "--model", model)
+    assert str(model) in refusal("02_surprisal.py", "--run", tmp_path / "run")
+    assert not (tmp_path / "run" / "surprisal.pt").exists()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
