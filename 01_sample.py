@@ -427,7 +427,7 @@ def parse_args():
 def main(args):
     # 1. The prompts of this round: the next slice of the shuffled manifest.
     manifest, state = read_manifest(args.manifest), read_state(args.run)
-    if args.model != state.get("model", args.model):
+    if os.path.normpath(args.model) != os.path.normpath(state.get("model", args.model)):
         raise BadInput(f"{state['adapter']} is of --model {state['model']}, not {args.model}")
     N, K = min(args.num_prompts, len(manifest)), args.num_responses
     examples = [manifest[n] for n in next_slice(len(manifest), state["seen"], N, args.seed)]

@@ -56,6 +56,13 @@ def test_files_of_another_round(sampled, rounds, script, missing, writer):
     assert contents(sampled) == before
 
 
+def test_another_model_than_the_adapters(trained):
+    sentence = refusal("01_sample.py", "--run", trained, *SMALL, "--model", "some/other")
+    assert str(MODEL) in sentence and "some/other" in sentence
+    call("01_sample.py", "--run", trained, *SMALL, "--model", f"{MODEL.parent}/./{MODEL.name}/")
+    assert load(trained, "rollouts")["meta"]["round"] == 2
+
+
 @pytest.mark.parametrize("script", ["02_surprisal.py", "05_train.py"])
 def test_rollouts_older_than_the_adapter(trained, script):
     before = contents(trained)
