@@ -9,9 +9,9 @@ Writes  RUN/eval.csv, a row per model, BLEU and exact match (of greedy answers) 
         RUN/predictions.jsonl: id, prompt, reference, prediction (greedy), for any other scorer
 Run     python 06_eval.py                                        demo, 2 cores: about 25 s
 """
-import contextlib
 import json
 import statistics
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +20,8 @@ import torch
 sampling = import_module("01_sample")
 credit = import_module("04_advantage")
 training = import_module("05_train")
+
+GROUP = 256  # prompts whose embeddings are in memory together
 
 def corpus_bleu(hypotheses, references, lowercase=False):
     """Corpus BLEU, in 0..100, of hypotheses against one reference each (lists of str).
@@ -33,24 +35,27 @@ def corpus_bleu(hypotheses, references, lowercase=False):
     hyp_length, ref_length = (sum(count[k] for count in counts) for k in (2, 3))
     return 100 * credit.bleu_score(matched, total, hyp_length, ref_length, effective_order=False)
 
-def answers(model, processor, embeds, args, K, temperature):
-    """K passes over the prompts: a list (K) of lists (N) of texts."""
-    sampled = sampling.sample_all(model, embeds, args.prompts_per_batch, K, args.max_new_tokens,
-                                  temperature, args.top_p)
-    return [[processor.tokenizer.decode(responses[k, :lengths[k]], skip_special_tokens=True)
-             for responses, lengths in sampled] for k in range(K)]
+def answers(model, processor, embeds, args, seed):
+    """Texts of N prompts: --passes sampled lists and, last, a greedy one, each (N)."""
+    def ask(K, temperature):
+        sampled = sampling.sample_all(model, embeds, args.prompts_per_batch, K,
+                                      args.max_new_tokens, temperature, args.top_p)
+        return [processor.tokenizer.batch_decode([responses[k, :lengths[k]] for responses, lengths
+                                                  in sampled], skip_special_tokens=True)
+                for k in range(K)]
 
-def evaluate(model, processor, embeds, references, args):
-    """The scores of one model, as columns of eval.csv, and its greedy answers (N texts)."""
-    torch.manual_seed(args.seed)  # the same for every model
-    passes = answers(model, processor, embeds, args, args.passes, args.temperature)
-    [greedy] = answers(model, processor, embeds, args, 1, 0)
-    bleus = [corpus_bleu(texts, references, lowercase=True) for texts in passes]
+    torch.manual_seed(seed)  # the same for every model
+    return ask(args.passes, args.temperature) + ask(1, 0)
+
+def scores(texts, references):
+    """The columns of eval.csv for the texts of one model."""
+    *passes, greedy = texts
+    bleus = [corpus_bleu(sampled, references, lowercase=True) for sampled in passes]
     exact = [text.split() == reference.split() for text, reference in zip(greedy, references)]
     return {"bleu_sampled": f"{statistics.fmean(bleus):.2f}",
             "bleu_sampled_std": f"{credit.spread(bleus):.2f}",
             "bleu_greedy": f"{corpus_bleu(greedy, references, lowercase=True):.2f}",
-            "exact_match": f"{100 * statistics.fmean(exact):.1f}"}, greedy
+            "exact_match": f"{100 * statistics.fmean(exact):.1f}"}
 
 def parse_args():
     parser = sampling.stage_parser(__doc__)
@@ -77,15 +82,22 @@ def main(args):
     asked = {**vars(args), **state}
     name, *rendering = (asked[key] for key in ("model", "system_prompt", "raw_prompt"))
     model, processor = sampling.load_model(name, state["adapter"], args.device)
-    embeds = sampling.embed_examples(model, processor, examples, *rendering)
 
     # 2. Base, then adapter, on the same embeddings: training leaves the audio tower as it is.
-    with model.disable_adapter() if state["adapter"] else contextlib.nullcontext():
-        scores, greedy = evaluate(model, processor, embeds, references, args)
-    rows = [{"round": 0, "step": 0, "method": "base", **scores}]
+    models = [({"round": 0, "step": 0, "method": "base"},
+               model.disable_adapter if state["adapter"] else nullcontext)]
     if state["adapter"]:
-        scores, greedy = evaluate(model, processor, embeds, references, args)
-        rows.append({**{name: state[name] for name in ("round", "step", "method")}, **scores})
+        models.append(({name: state[name] for name in ("round", "step", "method")}, nullcontext))
+    texts = [[[] for _ in range(args.passes + 1)] for _ in models]
+    for number, group in enumerate(sampling.chunks(examples, GROUP)):
+        embeds = sampling.embed_examples(model, processor, group, *rendering)
+        for (_, switched), found in zip(models, texts):
+            with switched():
+                answered = answers(model, processor, embeds, args, args.seed + number)
+            for column, part in zip(found, answered):
+                column += part
+    rows = [{**head, **scores(found, references)} for (head, _), found in zip(models, texts)]
+    greedy = texts[-1][-1]
 
     # 3. Write.
     training.append_csv(Path(args.run) / "eval.csv", rows)

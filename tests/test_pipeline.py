@@ -266,6 +266,22 @@ def test_the_scores_are_those_of_either_models_answers(tmp_path, rounds):
     assert float(rows[0]["exact_match"]) >= 25 and rows[0]["bleu_greedy"] != rows[1]["bleu_greedy"]
 
 
+def test_many_test_prompts_are_evaluated_a_group_at_a_time(tmp_path, rounds, monkeypatch):
+    evaluation, found, heard = import_module("06_eval"), [], []
+    listen = sampling.embed_examples
+    monkeypatch.setattr(evaluation.sampling, "embed_examples",
+                        lambda *args: (heard.append(len(args[2])), listen(*args))[1])
+    for size in (256, 2):
+        run = shutil.copytree(rounds.trained, tmp_path / str(size))
+        monkeypatch.setattr(evaluation, "GROUP", size)
+        evaluation.main(parsed("06_eval.py", "--run", run, "--manifest", TEST, "--num-prompts", 5,
+                               "--max-new-tokens", 16, "--passes", 1))
+        rows = table(run / "eval.csv")
+        found.append([(run / "predictions.jsonl").read_text()]
+                     + [(row["method"], row["bleu_greedy"], row["exact_match"]) for row in rows])
+    assert heard == [5, 2, 2, 1] and found[0] == found[1] and len(found[0]) == 3
+
+
 def test_evaluation_is_added_and_repeats(tmp_path, rounds):
     run = shutil.copytree(rounds.trained, tmp_path / "run")
     options = ["--manifest", TEST, "--num-prompts", 2, "--max-new-tokens", 8, "--passes", 2, "--run", run]
