@@ -305,7 +305,7 @@ def choose_tokens(logits, temperature, top_p):
     sums = probs.cumsum(dim=-1)
     size = (sums - probs < top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # of the nucleus, (R, 1)
     drawn = torch.rand_like(sums[:, :1]) * sums.gather(1, size - 1)
-    place = torch.searchsorted(sums, drawn, right=True)  # the first whose sum is above what is drawn
+    place = torch.searchsorted(sums, drawn, right=True)  # the first with a sum above what is drawn
     return order.gather(1, place.minimum(size - 1)).squeeze(1)
 
 @torch.inference_mode()
@@ -398,18 +398,20 @@ def limited(kind, low, high=math.inf):
         return kind(text)
     return number
 
-def stage_parser(doc, device=True):
-    """An argument parser with the options that mean the same in every stage."""
+def stage_parser(doc, prompts_per_batch=None):
+    """An argument parser with the options that stages share; None is for those without a model."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--run", default="runs/demo", help="folder of this run")
-    if device:
+    if prompts_per_batch:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         parser.add_argument("--device", default=default, help="cpu or cuda")
+        parser.add_argument("--prompts-per-batch", type=limited(int, 1), default=prompts_per_batch,
+                            help="prompts in one pass; fewer take less memory")
     return parser
 
 def parse_args():
-    parser = stage_parser(__doc__)
+    parser = stage_parser(__doc__, prompts_per_batch=16)
     add = parser.add_argument
     add("--manifest", default="tests/demo/train.jsonl", help="JSON lines: audio, prompt, reference")
     add("--model", default="tests/demo/model", help="folder or hub name of a speech LLM")
@@ -418,7 +420,6 @@ def parse_args():
     add("--max-new-tokens", type=limited(int, 1), default=200, help="longest response")
     add("--temperature", type=limited(float, 0), default=1.0, help="of the sampling")
     add("--top-p", type=limited(float, 0.001, 1), default=0.9, help="nucleus of the sampling")
-    add("--prompts-per-batch", type=limited(int, 1), default=16, help="prompts decoded together")
     add("--system-prompt", default="", help="fixes what a template fills with today's date")
     add("--raw-prompt", action="store_true", help="leave the model's chat template out")
     add("--seed", type=int, default=0, help="of the order of the prompts and of the sampling")

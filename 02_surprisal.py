@@ -68,17 +68,15 @@ def batch_logps(model, embeds, tries):
     makes them. One forward pass, a row a prompt, padded at the end, with gradients where they are
     enabled; equal to K separate passes per prompt up to rounding.
     """
-    embed, rows, positions, masks = model.get_input_embeddings(), [], [], []
+    embed, rows, positions = model.get_input_embeddings(), [], []
     device = embed.weight.device  # subtle: not model.device, the audio tower's, which stays behind
-    for heard, (tokens, parents, depths) in zip(embeds, tries):
-        P = len(heard)
+    L = max(len(heard) + len(tokens) for heard, (tokens, _, _) in zip(embeds, tries))
+    mask = torch.eye(L, dtype=torch.bool).repeat(len(embeds), 1, 1)  # padding sees itself, or: NaN
+    for heard, sees, (tokens, parents, depths) in zip(embeds, mask, tries):
+        P, end = len(heard), len(heard) + len(tokens)
         rows.append(torch.cat([heard.to(device, embed.weight.dtype), embed(tokens.to(device))]))
         positions.append(torch.cat([torch.arange(P), P + depths]))
-        masks.append(trie_mask(parents, P))
-    L = max(len(row) for row in rows)
-    mask = torch.eye(L, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, or: NaN
-    for whole, own in zip(mask, masks):
-        whole[:len(own), :len(own)] = own
+        sees[:end, :end] = trie_mask(parents, P)
     hidden = model.get_decoder()(
         inputs_embeds=pad_sequence(rows, batch_first=True), attention_mask=mask[:, None].to(device),
         position_ids=pad_sequence(positions, batch_first=True).to(device), use_cache=False
@@ -104,12 +102,6 @@ def score_responses(model, prompts):
     logps = batch_logps(model, [prompt["embeds"] for prompt in prompts], [t[:3] for t in tries])
     return [logp.cpu()[node].masked_fill(~response_mask(prompt), 0.0)
             for logp, (*_, node), prompt in zip(logps, tries, prompts)]
-
-def parse_args():
-    parser = sampling.stage_parser(__doc__)
-    parser.add_argument("--prompts-per-batch", type=sampling.limited(int, 1), default=2,
-                        help="prompts scored together")
-    return parser.parse_args()
 
 @torch.inference_mode()
 def main(args):
@@ -147,4 +139,4 @@ def main(args):
         print(f"  {marks} {text}")
 
 if __name__ == "__main__":
-    sampling.run_stage(main, parse_args())
+    sampling.run_stage(main, sampling.stage_parser(__doc__, prompts_per_batch=2).parse_args())

@@ -105,7 +105,7 @@ def draw_tree(prompt, found, heading, columns, width=58):
         print(f"{text:{width - wide}}{columns(members, k, start)}".rstrip())
 
 def parse_args():
-    parser = sampling.stage_parser(__doc__, device=False)
+    parser = sampling.stage_parser(__doc__)
     parser.add_argument("--fork-budget", type=sampling.limited(int, 0), default=2,
                         help="B, most boundaries per prompt")
     parser.add_argument("--show", type=sampling.limited(int, 0), default=0, help="prompt to draw")

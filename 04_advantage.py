@@ -141,7 +141,7 @@ def grpo_advantages(rewards):
     return torch.tensor([(reward - mean) / scale for reward in rewards])
 
 def parse_args():
-    parser = sampling.stage_parser(__doc__, device=False)
+    parser = sampling.stage_parser(__doc__)
     parser.add_argument("--advantage-terms", default="both", choices=["both", "global", "local"],
                         help="against the average (global), the own branch (local), or both")
     parser.add_argument("--show", type=sampling.limited(int, 0), default=0, help="prompt to draw")

@@ -112,11 +112,10 @@ def print_table(rows):
         print("".join(f"{value:>{max(9, len(name) + 2)}}" for name, value in row.items()))
 
 def parse_args():
-    parser = sampling.stage_parser(__doc__)
+    parser = sampling.stage_parser(__doc__, prompts_per_batch=2)
     add, count, size = parser.add_argument, sampling.limited(int, 1), sampling.limited(float, 0)
     add("--method", default="leaf", choices=["leaf", "grpo"], help="whose advantages to train on")
     add("--prompts-per-step", type=count, default=4, help="prompts per optimizer step")
-    add("--prompts-per-batch", type=count, default=2, help="of these, in one pass")
     add("--learning-rate", type=size, default=5e-4, help="its peak")
     add("--total-steps", type=sampling.limited(int, 0), default=0,
         help="steps of all rounds; 0: constant rate")

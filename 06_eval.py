@@ -58,7 +58,7 @@ def scores(texts, references):
             "exact_match": f"{100 * statistics.fmean(exact):.1f}"}
 
 def parse_args():
-    parser = sampling.stage_parser(__doc__)
+    parser = sampling.stage_parser(__doc__, prompts_per_batch=32)
     add, count, limited = parser.add_argument, sampling.limited(int, 1), sampling.limited
     until = "before the first training; then its own"
     add("--manifest", default="tests/demo/test.jsonl", help="JSON lines: audio, prompt, reference")
@@ -67,7 +67,6 @@ def parse_args():
     add("--max-new-tokens", type=count, default=200, help="longest response")
     add("--temperature", type=limited(float, 0), default=0.9, help="of the sampled passes")
     add("--top-p", type=limited(float, 0.001, 1), default=0.9, help="of the sampled passes")
-    add("--prompts-per-batch", type=count, default=32, help="prompts decoded together")
     add("--model", default="tests/demo/model", help=until)
     add("--system-prompt", default="", help=until)
     add("--raw-prompt", action="store_true", help=until)
