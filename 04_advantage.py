@@ -197,7 +197,7 @@ def main(args):
     print("""
 n responses share the span; value is their mean reward. raw, LEAF and GRPO are sums over these n,
 which is what the gradient of the shared tokens carries: LEAF's advantages before and after the
-z-score, and GRPO's, from the same rewards.""")
+z-score, and GRPO's, from the same rewards. (end): a repeated answer that was over at its fork.""")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args())

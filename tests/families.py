@@ -4,12 +4,15 @@ Full size they are what benchmark.py times; shrunk, what the tests run all six s
 and tokenizers cannot be fetched here, so prompts are tokenized by the demo's tokenizer. Granite's
 feature extractor is torchaudio's, which is no requirement: where it is missing, MelSpectrogram
 below stands in.
+
+Run     python tests/families.py                                 parameters and bytes of each
 """
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import (AutoModelForMultimodalLM, GenerationConfig, GraniteSpeechConfig,
+from transformers import (AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig, GraniteSpeechConfig,
                           Qwen2AudioConfig, Qwen2AudioProcessor, WhisperFeatureExtractor)
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.granite_speech import feature_extraction_granite_speech as features
@@ -110,3 +113,19 @@ def family_processor(config, tokenizer):
         return GraniteSpeechProcessor(features.GraniteSpeechFeatureExtractor(), tokenizer,
                                       audio_token="<|AUDIO|>", chat_template=GRANITE_TEMPLATE)
     return Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), tokenizer)
+
+
+def print_sizes():
+    """Weights in bfloat16: of the whole model, and of what 02 and 05 put on the GPU."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "demo" / "model")
+    for name in PUBLISHED:
+        model = random_model(published_config(name, tokenizer), tokenizer, "meta", torch.bfloat16)
+        whole = model.num_parameters()
+        part = sum(weight.numel() for weight in {*model.get_decoder().parameters(),
+                                                 *model.get_output_embeddings().parameters()})
+        print(f"{name:24}{whole / 1e9:5.1f} billion parameters{2 * whole / 1e9:7.1f} GB, "
+              f"language model{2 * part / 1e9:6.1f} GB")
+
+
+if __name__ == "__main__":
+    print_sizes()
