@@ -103,6 +103,9 @@ def score_responses(model, prompts):
     return [logp.cpu()[node].masked_fill(~response_mask(prompt), 0.0)
             for logp, (*_, node), prompt in zip(logps, tries, prompts)]
 
+def parse_args():
+    return sampling.stage_parser(__doc__, prompts_per_batch=2).parse_args()
+
 @torch.inference_mode()
 def main(args):
     # 1. The responses, and the policy that sampled them.
@@ -139,4 +142,4 @@ def main(args):
         print(f"  {marks} {text}")
 
 if __name__ == "__main__":
-    sampling.run_stage(main, sampling.stage_parser(__doc__, prompts_per_batch=2).parse_args())
+    sampling.run_stage(main, parse_args())
