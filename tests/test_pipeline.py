@@ -371,7 +371,7 @@ def test_the_learning_rate_reaches_the_optimizer(tmp_path, rounds, monkeypatch, 
     assert len(table(run / "train.csv")) == 2
 
 
-@pytest.mark.parametrize("script, wanted", zip(SCRIPTS, (
+@pytest.mark.parametrize("script, wanted", list(zip(SCRIPTS, (
     dict(num_prompts=64, num_responses=8, max_new_tokens=200, temperature=1.0, top_p=0.9,
          prompts_per_batch=16, seed=0),
     dict(prompts_per_batch=2),
@@ -379,7 +379,7 @@ def test_the_learning_rate_reaches_the_optimizer(tmp_path, rounds, monkeypatch, 
     dict(advantage_terms="both"),
     dict(method="leaf", prompts_per_step=4, prompts_per_batch=2, learning_rate=5e-4, total_steps=0,
          lora_rank=16, lora_alpha=32, lora_dropout=0.0, clip_eps=0.2, kl_weight=0.02, max_grad_norm=1.0),
-    dict(passes=5, temperature=0.9, top_p=0.9, max_new_tokens=200, prompts_per_batch=32))))
+    dict(passes=5, temperature=0.9, top_p=0.9, max_new_tokens=200, prompts_per_batch=32)))))
 def test_defaults_are_those_of_the_paper_and_the_readme(script, wanted):
     found = vars(parsed(script))
     assert found["run"] == "runs/demo" and {name: found[name] for name in wanted} == wanted
