@@ -16,12 +16,12 @@ Run     python 02_surprisal.py                                   demo, 2 cores: 
 """
 from importlib import import_module
 
+sampling = import_module("01_sample")
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
-sampling = import_module("01_sample")
 
 def build_trie(responses, lengths):
     """Lay K responses out as a trie in which a shared beginning stands once, parents first.

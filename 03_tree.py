@@ -13,9 +13,9 @@ Run     python 03_tree.py                                        demo: about 2 s
 import unicodedata
 from importlib import import_module
 
-import torch
-
 sampling = import_module("01_sample")
+
+import torch
 
 def fork_distance(lengths, B):
     """D, the least distance of two boundaries: B of them, spread over the shortest response."""

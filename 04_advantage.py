@@ -17,10 +17,10 @@ import statistics
 from collections import Counter
 from importlib import import_module
 
-import torch
-
 sampling = import_module("01_sample")
 forks = import_module("03_tree")
+
+import torch
 
 # Reward: sentence BLEU (step 8).
 

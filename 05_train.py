@@ -22,11 +22,11 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 sampling = import_module("01_sample")
 scoring = import_module("02_surprisal")
+
+import torch
+from tqdm import tqdm
 
 def reference_kl(logp, logp_ref):
     """k3: an estimate, never negative, of KL(policy | reference) per token, in nats."""

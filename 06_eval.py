@@ -15,11 +15,11 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
 sampling = import_module("01_sample")
 credit = import_module("04_advantage")
 training = import_module("05_train")
+
+import torch
 
 GROUP = 256  # prompts whose embeddings are in memory together
 
