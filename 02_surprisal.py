@@ -61,6 +61,11 @@ def trie_mask(parents, P):
     mask[P + rows, P + torch.tensor([m for path in paths for m in path])] = True
     return mask
 
+def mixed_precision(weight):
+    """Autocast to bfloat16 where the model's weights are: our LoRA's stay float32, to learn in small
+    steps, but compute, and keep what the gradient needs, in half of the memory."""
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+
 def batch_logps(model, embeds, tries):
     """Log-probability, in nats, of each trie token given its ancestors: a list of (M_i,) float32.
 
@@ -77,10 +82,12 @@ def batch_logps(model, embeds, tries):
         rows.append(torch.cat([heard.to(device, embed.weight.dtype), embed(tokens.to(device))]))
         positions.append(torch.cat([torch.arange(P), P + depths]))
         sees[:end, :end] = trie_mask(parents, P)
-    hidden = model.get_decoder()(
-        inputs_embeds=pad_sequence(rows, batch_first=True), attention_mask=mask[:, None].to(device),
-        position_ids=pad_sequence(positions, batch_first=True).to(device), use_cache=False
-    ).last_hidden_state  # (N, L, D)
+    with mixed_precision(embed.weight):
+        hidden = model.get_decoder()(
+            inputs_embeds=pad_sequence(rows, batch_first=True),
+            attention_mask=mask[:, None].to(device), use_cache=False,
+            position_ids=pad_sequence(positions, batch_first=True).to(device)
+        ).last_hidden_state  # (N, L, D)
     # A token is predicted where its parent stands; parent -1 is the last position of the prompt.
     states = [row[len(heard) + parents.to(device)]
               for row, heard, (_, parents, _) in zip(hidden, embeds, tries)]

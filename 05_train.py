@@ -62,6 +62,15 @@ def add_lora(model, rank, alpha, dropout):
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
                                             target_modules=linear))
 
+def ready_to_train(model):
+    """The model with dropout on in our LoRA alone; all else stays in eval mode."""
+    for name, part in model.named_modules():
+        if name.endswith("lora_dropout.default"):
+            part.train()
+        if hasattr(part, "cast_input_dtype_enabled"):  # PEFT's, to float32: each layer would keep
+            part.cast_input_dtype_enabled = False  # such a copy; autocast (02) needs none
+    return model
+
 def load_policy(meta, adapter, args):
     """The model with the LoRA to train: RUN/adapter, or in round 1 a new one."""
     model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
@@ -74,10 +83,7 @@ def load_policy(meta, adapter, args):
                                     "give the --lora options it was made with")
     else:
         model = add_lora(model, *asked)
-    for name, part in model.named_modules():  # dropout in ours only, all else stays in eval mode
-        if name.endswith("lora_dropout.default"):
-            part.train()
-    return model
+    return ready_to_train(model)
 
 def save_adapter(run, model, optimizer, state):
     """Replace RUN/adapter as a whole: its weights, optimizer and round always belong together."""
@@ -143,7 +149,8 @@ def main(args):
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
     if adapter:
         try:
-            optimizer.load_state_dict(torch.load(adapter / "optimizer.pt", weights_only=True))
+            optimizer.load_state_dict(torch.load(adapter / "optimizer.pt", weights_only=True,
+                                                 map_location="cpu"))
         except Exception as error:
             raise sampling.BadInput(f"{adapter}/optimizer.pt is not whole: move {adapter} away to "
                                     "start anew") from error

@@ -105,8 +105,9 @@ def padded_logps(model, prompts):
         (K, T), P = responses.shape, len(prompt["embeds"])
         prefix = prompt["embeds"].to(device, embed.weight.dtype).expand(K, -1, -1)
         mask = torch.arange(P + T, device=device) < P + lengths[:, None]
-        hidden = model.get_decoder()(inputs_embeds=torch.cat([prefix, embed(responses)], dim=1),
-                                     attention_mask=mask, use_cache=False).last_hidden_state
+        with scoring.mixed_precision(embed.weight):
+            hidden = model.get_decoder()(inputs_embeds=torch.cat([prefix, embed(responses)], dim=1),
+                                         attention_mask=mask, use_cache=False).last_hidden_state
         logits = sampling.logits_of(model, hidden[:, P - 1:-1])  # (K, T, V)
         yield -torch.nn.functional.cross_entropy(logits.transpose(1, 2), responses,
                                                  reduction="none").cpu()
@@ -240,7 +241,7 @@ def main():
         take_turns("scoring", lambda some: score(padded_logps, model, some),
                    lambda some: score(tries, model, some), prompts)
         rank, alpha, dropout = (64, 128, 0.05) if args.config else (16, 32, 0.0)
-        model = training.add_lora(model, rank, alpha, dropout)
+        model = training.ready_to_train(training.add_lora(model, rank, alpha, dropout))
         take_turns("training", lambda some: train(padded_logps, model, some, 1),
                    lambda some: train(tries, model, some, args.prompts_per_batch), prompts,
                    beside=lambda: copy.deepcopy(model.get_base_model().get_decoder()))

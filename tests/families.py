@@ -5,18 +5,24 @@ and tokenizers cannot be fetched here, so prompts are tokenized by the demo's to
 feature extractor is torchaudio's, which is no requirement: where it is missing, MelSpectrogram
 below stands in.
 
-Run     python tests/families.py                                 parameters and bytes of each
+Run     python tests/families.py              parameters and bytes of each, half a minute, 3 GB
 """
 import importlib.util
+import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import (AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig, GraniteSpeechConfig,
-                          Qwen2AudioConfig, Qwen2AudioProcessor, WhisperFeatureExtractor)
+from transformers import (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig,
+                          GraniteSpeechConfig, Qwen2AudioConfig, Qwen2AudioProcessor,
+                          WhisperFeatureExtractor)
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.granite_speech import feature_extraction_granite_speech as features
 from transformers.models.granite_speech.processing_granite_speech import GraniteSpeechProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+scoring, training = map(import_module, ("02_surprisal", "05_train"))
 
 GRANITE_TEXT = dict(model_type="granite", num_hidden_layers=40, rms_norm_eps=1e-5, rope_theta=1e7,
                     embedding_multiplier=12.0, residual_multiplier=0.22)
@@ -115,16 +121,50 @@ def family_processor(config, tokenizer):
     return Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), tokenizer)
 
 
+def kept_for_gradient(config, layers, positions):
+    """Bytes that 05 keeps for the backward pass of one prompt: a language model of full width and so
+    many layers, bfloat16, LoRA of rank 64 with dropout."""
+    text = config.get_text_config().to_dict() | {"num_hidden_layers": layers, "vocab_size": 512,
+                                                 "layer_types": None}
+    text = type(config.get_text_config())(**text)
+    model = AutoModelForCausalLM.from_config(text, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = training.ready_to_train(training.add_lora(model.requires_grad_(False).eval(), 64, 128, 0.05))
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    depths = torch.arange(1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scored = scoring.trie_logps(model, torch.randn(positions - 1, text.hidden_size), depths,
+                                    depths - 1, depths)
+    assert scored.requires_grad
+    return sum(kept.values())
+
+
 def print_sizes():
-    """Weights in bfloat16: of the whole model, and of what 02 and 05 put on the GPU."""
+    """Of the whole model, and of what 02 and 05 put on the GPU, in bfloat16; the LoRA, its gradient
+    and AdamW's two moments, in float32; and what 05 keeps for each position of a pass: a position is
+    a token of a prompt or of its trie, and all layers are alike."""
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "demo" / "model")
+    print(f"{'':24}{'parameters':>12}{'all':>10}{'02, 05':>10}{'LoRA':>10}{'a position':>13}")
     for name in PUBLISHED:
-        model = random_model(published_config(name, tokenizer), tokenizer, "meta", torch.bfloat16)
+        config = published_config(name, tokenizer)
+        model = random_model(config, tokenizer, "meta", torch.bfloat16)
         whole = model.num_parameters()
         part = sum(weight.numel() for weight in {*model.get_decoder().parameters(),
                                                  *model.get_output_embeddings().parameters()})
-        print(f"{name:24}{whole / 1e9:5.1f} billion parameters{2 * whole / 1e9:7.1f} GB, "
-              f"language model{2 * part / 1e9:6.1f} GB")
+        lora = sum(weight.numel() for weight_name, weight in
+                   training.add_lora(model, 64, 128, 0.05).named_parameters() if "lora_" in weight_name)
+        (a, b), (c, d) = ([kept_for_gradient(config, layers, positions) for positions in (64, 128)]
+                          for layers in (1, 2))
+        position = config.get_text_config().num_hidden_layers * (d - c - (b - a)) / 64
+        print(f"{name:24}{whole / 1e9:10.1f} B{2 * whole / 1e9:7.1f} GB{2 * part / 1e9:7.1f} GB"
+              f"{16 * lora / 1e9:7.1f} GB{position / 1e6:10.1f} MB")
 
 
 if __name__ == "__main__":

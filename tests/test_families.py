@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import TEST, TRAIN, call, load, parsed, refusal, sampled_round
+from conftest import TEST, TRAIN, call, load, parsed, refusal, sampled_round, shell
 from families import (MelSpectrogram, family_processor, features, published_config, random_model,
                       stand_in_for_torchaudio)
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils import backend_registration
 from transformers import AutoModelForMultimodalLM, GraniteForCausalLM, GraniteSpeechForConditionalGeneration
 
 sampling = import_module("01_sample")
@@ -117,6 +118,20 @@ def test_the_six_stages(tmp_path, family):
          "--max-new-tokens", 4)
     with open(tmp_path / "eval.csv", newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["base", "leaf"]
+
+
+@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+                    reason="this torch knows no devices made in Python")
+def test_two_rounds_on_a_pretended_gpu(tmp_path, family):
+    """No operation meets tensors of two devices, or of two types."""
+    done = shell("tests/pretended_gpu.py", family, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path, "rollouts")["prompts"][0]["embeds"].dtype == torch.bfloat16
+    with open(tmp_path / "eval.csv", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["base", "leaf", "leaf"]
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
 
 
 def test_only_listening_needs_the_processor(tmp_path, family):

@@ -1,10 +1,11 @@
 """The LoRA: it starts as nothing, it alone learns, it is saved and found again."""
 import json
+import shutil
 from importlib import import_module
 
 import pytest
 import torch
-from conftest import MODEL, load, parsed
+from conftest import MODEL, call, load, padded, parsed
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
@@ -96,6 +97,45 @@ def test_the_optimizer_goes_on(rounds):
         assert json.loads((run / "adapter" / "training.json").read_text())["step"] == steps
     assert load(rounds.sampled, "rollouts")["meta"]["round"] == 1
     assert load(rounds.ready, "rollouts")["meta"]["round"] == 2
+
+
+def test_training_begun_on_a_gpu_goes_on_on_a_cpu(rounds, tmp_path, monkeypatch):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    state = torch.load(run / "adapter" / "optimizer.pt", weights_only=True)
+    with monkeypatch.context() as patch:  # as if the tensors were on a GPU
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(state, run / "adapter" / "optimizer.pt")
+    call("05_train.py", "--run", run, "--device", "cpu")
+    assert {name: weight.tolist() for name, weight in weights_of(run).items()} == {
+        name: weight.tolist() for name, weight in weights_of(rounds.again).items()}
+
+
+def test_in_bfloat16_the_lora_learns_in_float32_and_keeps_no_copy_of_its_inputs(demo, heard):
+    """As on a GPU. Kept for the gradient, in float32: what norms and rotations keep, no wider than the
+    model; the inputs of the last projection are wider."""
+    responses, lengths = padded([[5, 6, 7], [5, 6, 8], [9, 2, 0]])
+    prompt, gradients, kept = {"embeds": heard[0], "responses": responses, "lengths": lengths}, [], set()
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = policy_of("--lora-dropout", 1e-6)
+        for name, weight in policy.named_parameters():
+            weight.data = weight.data if "lora_" in name else weight.data.to(dtype)
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.01, generator=torch.Generator().manual_seed(len(name)))
+            if "lora_A" in name:
+                torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(len(name)))
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: kept.add((tensor.dtype, tensor.shape)) or tensor, lambda tensor: tensor):
+            logp = scoring.score_responses(policy, [prompt])[0]
+        logp.sum().backward()
+        gradients.append({name: weight.grad for name, weight in policy.named_parameters()
+                          if weight.requires_grad})
+    wide = policy.config.get_text_config().intermediate_size
+    assert any(dtype == torch.bfloat16 and shape[-1:] == (wide,) for dtype, shape in kept)
+    assert not any(dtype == torch.float32 and shape[-1:] == (wide,) for dtype, shape in kept)
+    for name, wanted in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert (gradients[1][name] - wanted).norm() < 0.1 * wanted.norm(), name
 
 
 def test_a_step_raises_what_earned_credit(rounds):
