@@ -7,7 +7,7 @@ The nodes make K independent responses a tree. Nothing branched while sampling.
 Reads   RUN/rollouts.pt, RUN/surprisal.pt
 Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending token positions; nodes, the
         groups of two or more responses: boundary (M,) int64, members (M, K) bool
-Run     python 03_tree.py                                        demo: about 2 s
+Run     python 03_tree.py                                        demo: about 1 s
         python 03_tree.py --fork-budget 4 --show 7               more forks, another prompt's tree
 """
 import unicodedata

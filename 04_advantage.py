@@ -8,7 +8,7 @@ Reads   RUN/rollouts.pt, RUN/tree.pt
 Writes  RUN/advantages.pt, per prompt: rewards (K,) in [0, 1]; node_value (M,), the mean reward of
         each node; leaf and grpo (K, T) float32, 0 at padding; spans, K lists of
         [start, end, advantage before the z-score]
-Run     python 04_advantage.py                                   demo: about 2 s
+Run     python 04_advantage.py                                   demo: about 1 s
         python 04_advantage.py --advantage-terms local           an ablation (global, local)
 """
 import math

@@ -178,14 +178,15 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        rewards, lengths = (torch.cat([part[k][name] for part in batch]).float().mean().item()
-                            for k, name in ((2, "rewards"), (0, "lengths")))
-        alike = sum(len(set(part[2]["rewards"].tolist())) == 1 for part in batch) / len(batch)
+        rewards = torch.cat([earned["rewards"] for _, _, earned in batch])
+        lengths = torch.cat([prompt["lengths"] for prompt, _, _ in batch]).float()
+        alike = [len(earned["rewards"].unique()) == 1 for _, _, earned in batch]
         rows.append({
-            "round": meta["round"], "step": step, "method": args.method, "reward": f"{rewards:.4f}",
-            "alike": f"{alike:.2f}", "kl": f"{torch.cat(kl).mean():.5f}",
+            "round": meta["round"], "step": step, "method": args.method,
+            "reward": f"{rewards.mean():.4f}", "alike": f"{sum(alike) / len(batch):.2f}",
+            "kl": f"{torch.cat(kl).mean():.5f}",
             "clipped": f"{(torch.cat(moved).abs() > args.clip_eps).float().mean():.4f}",
-            "length": f"{lengths:.1f}", "grad_norm": f"{grad_norm:.3f}",
+            "length": f"{lengths.mean():.1f}", "grad_norm": f"{grad_norm:.3f}",
             "seconds": f"{time.time() - began:.2f}"})
     bar.close()
 
