@@ -63,11 +63,15 @@ def write_file(path, content):
         part.unlink(missing_ok=True)
         raise BadInput(f"cannot write {path}: {error.strerror}") from error
 
+def save_tensors(path, content):
+    """torch.save through write_file; in memory first: torch aborts on a full disk, Python says so."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
 def save_stage(run, name, meta, prompts):
     """Write RUN/name.pt, a dict {"meta": dict, "prompts": [dict per prompt]}."""
-    buffer = io.BytesIO()  # in memory first: torch aborts on a full disk, Python says so
-    torch.save({"meta": meta, "prompts": prompts}, buffer)
-    write_file(Path(run) / f"{name}.pt", buffer.getbuffer())
+    save_tensors(Path(run) / f"{name}.pt", {"meta": meta, "prompts": prompts})
 
 def load_stage(run, name, rollouts=None):
     """Read RUN/name.pt; with `rollouts` given, it must have been made from these.

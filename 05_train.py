@@ -14,7 +14,6 @@ Run     python 05_train.py                                       demo, 2 cores: 
 Differs from the paper: the learning rate is constant, unless --total-steps says how long training
 will be; then 5% warm-up and a cosine to 10%, as in the paper.
 """
-import io
 import json
 import math
 import shutil
@@ -93,9 +92,7 @@ def save_adapter(run, model, optimizer, state):
     try:
         model.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # an empty model card
-        buffer = io.BytesIO()
-        torch.save(optimizer.state_dict(), buffer)
-        sampling.write_file(part / "optimizer.pt", buffer.getbuffer())
+        sampling.save_tensors(part / "optimizer.pt", optimizer.state_dict())
         sampling.write_file(part / "training.json", json.dumps(state, indent=1).encode())
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
