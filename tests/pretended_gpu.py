@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+torch.inference_mode = torch.no_grad  # before the stages are imported: views of such tensors need it
 from families import stand_in_for_torchaudio
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
