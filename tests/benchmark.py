@@ -249,8 +249,8 @@ def main():
             seconds_of("02_surprisal.py", "--run", run)
             tree, advantage = (seconds_of(stage, "--run", run) for stage in ("03_tree.py", "04_advantage.py"))
             bare = seconds_of("-c", "import torch")
-            print(f"\n03_tree.py {tree:.1f} s, 04_advantage.py {advantage:.1f} s, of which `import torch` "
-                  f"takes {bare:.1f} s each")
+            print(f"\n03_tree.py {tree:.1f} s, 04_advantage.py {advantage:.1f} s; `import torch` alone, with "
+                  f"Python's garbage collection, {bare:.1f} s")
 
 
 if __name__ == "__main__":
