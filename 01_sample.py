@@ -28,7 +28,7 @@ from pathlib import Path
 gc.disable()  # what is imported stays: no search for garbage in it saves 0.5 s a stage
 import soundfile
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 gc.freeze()
 gc.enable()
@@ -64,7 +64,7 @@ def write_file(path, content):
         raise BadInput(f"cannot write {path}: {error.strerror}") from error
 
 def save_tensors(path, content):
-    """torch.save through write_file; in memory first: torch aborts on a full disk, Python says so."""
+    """torch.save through write_file; in memory first: on a full disk torch itself would abort."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getvalue())
@@ -76,7 +76,7 @@ def save_stage(run, name, meta, prompts):
 def load_stage(run, name, rollouts=None):
     """Read RUN/name.pt; with `rollouts` given, it must have been made from these.
 
-    Raises BadInput, naming the stage to run, for a missing or cut-off file or one of another round.
+    Raises BadInput, naming the stage to run, if it is missing, cut off or of another round.
     """
     path, again = Path(run) / f"{name}.pt", f"run {WRITER[name]} with --run {run}"
     if not path.exists():
@@ -94,7 +94,7 @@ def load_stage(run, name, rollouts=None):
 def read_state(run, meta=None):
     """Where training stands: dict of round, step, seen (prompts used so far), adapter (path, None).
 
-    `meta` is that of rollouts to be used: BadInput if the adapter was trained since they were made.
+    meta: of rollouts to be used; BadInput if the adapter was trained since they were made.
     """
     folder, previous = Path(run) / "adapter", Path(run) / "adapter.previous"
     state = {"round": 0, "step": 0, "seen": 0, "adapter": None}
@@ -165,7 +165,7 @@ def load_audio(path, rate, max_seconds=math.inf):
         raise BadInput(f"{path} is corrupt, or no recording (wav, flac, ogg, mp3)") from error
     wave = torch.from_numpy(wave).mean(dim=1)  # (S,)
     if len(wave) == 0 or not wave.isfinite().all():
-        raise BadInput(f"{path} is empty or corrupt: {len(wave)} samples, not all of them numbers")
+        raise BadInput(f"{path} is empty or corrupt: no samples, or some that are no numbers")
     if len(wave) > max_seconds * file_rate:
         raise BadInput(f"{path} lasts {len(wave) / file_rate:.1f} s, but the model hears only "
                        f"{max_seconds:g} s: shorten it or leave it out")
@@ -223,12 +223,10 @@ def load_model(model, adapter=None, device="cpu", hear=True):
                               "on a CPU, more than there is: take a GPU, --device cuda")
         lm = auto.from_pretrained(model, dtype=torch.float32 if on_cpu else torch.bfloat16,
                                   attn_implementation="sdpa")
-    except ImportError as error:  # Granite's features are torchaudio's
-        package = "torchaudio" if "torchaudio" in str(error) else error.name
-        raise BadInput(f"{model} needs a package more: pip install {package}") from error
     except Exception as error:  # each library has kinds of its own for files that are not whole
         why = " ".join(str(error).split()).split(". ")[0]
         why += ": accept its terms on its page, then `hf auth login`" if "gated" in why else ""
+        why += ": pip install torchaudio" if "torchaudio" in why else ""  # for Granite's features
         raise BadInput(f"no speech model could be loaded from {model}: {why}") from error
     lm = fold_adapters(lm).requires_grad_(False)
     if hear:  # EOS may be a list, and the tokenizer may know one more: stop on any of them
@@ -330,9 +328,9 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     N, P = len(embeds), max(len(e) for e in embeds)
 
     # Prefill each prompt once, padded on the left so that all end in the same column.
-    inputs = torch.stack([F.pad(e.to(device), (0, 0, P - len(e), 0)) for e in embeds])  # (N, P, D)
-    positions = torch.arange(P, device=device) - torch.tensor([[P - len(e)] for e in embeds],
-                                                              device=device)  # (N, P)
+    inputs = pad_sequence(embeds, batch_first=True, padding_side="left").to(device)  # (N, P, D)
+    padding = torch.tensor([[P - len(e)] for e in embeds], device=device)
+    positions = torch.arange(P, device=device) - padding  # (N, P)
     mask = positions >= 0
     out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions.clamp(min=0),
                   use_cache=True)
@@ -384,8 +382,8 @@ def spell(tokenizer, responses, lengths):
     for row, end, length in zip(responses, ends, lengths.tolist()):
         so_far = [tokenizer.decode(row[:t + 1], skip_special_tokens=True) for t in range(length)]
         texts.append(so_far[-1])
-        shared = [len(os.path.commonprefix([text, texts[-1]])) for text in so_far]
-        end[:length] = torch.tensor(shared)
+        for t, text in enumerate(so_far):
+            end[t] = len(os.path.commonprefix([text, texts[-1]]))
     return texts, ends
 
 def next_slice(total, start, count, seed):

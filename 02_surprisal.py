@@ -52,19 +52,17 @@ def build_trie(responses, lengths):
 def trie_mask(parents, P):
     """(P + M, P + M) bool, True where the row's position sees the column's: the prompt is causal;
     a trie token sees the prompt, its ancestors and itself."""
-    paths = []  # of each trie token: its ancestors and itself
+    mask = torch.eye(P + len(parents), dtype=torch.bool)
+    mask[:P, :P] = torch.ones(P, P).tril()
     for m, parent in enumerate(parents.tolist()):
-        paths.append((paths[parent] if parent >= 0 else []) + [m])
-    mask = torch.ones(P + len(paths), P + len(paths), dtype=torch.bool).tril()
-    mask[P:, P:] = False
-    rows = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(path) for path in paths]))
-    mask[P + rows, P + torch.tensor([m for path in paths for m in path])] = True
+        mask[P + m] |= mask[P + parent]  # what the parent sees; -1 is the end of the prompt
     return mask
 
 def mixed_precision(weight):
-    """Autocast to bfloat16 where the model's weights are: our LoRA's stay float32, to learn in small
-    steps, but compute, and keep what the gradient needs, in half of the memory."""
-    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+    """Autocast to bfloat16 where the model's weights are: our LoRA's stay float32, to learn in
+    small steps, but compute, and keep what the gradient needs, in half of the memory."""
+    half = torch.bfloat16
+    return torch.autocast(weight.device.type, half, enabled=weight.dtype == half)
 
 def batch_logps(model, embeds, tries):
     """Log-probability, in nats, of each trie token given its ancestors: a list of (M_i,) float32.
@@ -121,8 +119,8 @@ def main(args):
     model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
 
     # 2. One pass over each prompt's trie; once there is a LoRA, a second one without it.
-    prompts, bar = [], tqdm(total=len(rollouts["prompts"]), desc="scoring", unit="prompt")
-    for batch in sampling.chunks(rollouts["prompts"], args.prompts_per_batch):
+    prompts, batches = [], sampling.chunks(rollouts["prompts"], args.prompts_per_batch)
+    for batch in tqdm(batches, desc="scoring", unit="batch"):
         logp_old = logp_ref = score_responses(model, batch)
         if adapter:
             with model.disable_adapter():
@@ -132,8 +130,6 @@ def main(args):
                                     "its weights, or the adapter's, are broken")
         prompts += [{"logp_old": old, "logp_ref": ref, "surprisal": -old}
                     for old, ref in zip(logp_old, logp_ref)]
-        bar.update(len(batch))
-    bar.close()
 
     # 3. Write.
     sampling.save_stage(args.run, "surprisal", meta, prompts)

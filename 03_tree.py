@@ -56,10 +56,8 @@ def group_prefixes(responses, lengths, boundary):
 def unpack_tree(found):
     """One prompt of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
     boundaries, nodes = found["boundaries"].tolist(), found["nodes"]
-    groups = {b: [] for b in boundaries}
-    for b, members in zip(nodes["boundary"].tolist(), nodes["members"]):
-        groups[b].append(members.nonzero().squeeze(1).tolist())
-    return boundaries, list(groups.values())
+    levels = [nodes["members"][nodes["boundary"] == b] for b in boundaries]
+    return boundaries, [[row.nonzero().squeeze(1).tolist() for row in level] for level in levels]
 
 # The picture, in 04 with the credit of each span.
 

@@ -40,7 +40,7 @@ def tokenize_13a(text):
     return text.split()
 
 def bleu_counts(hypothesis, reference, lowercase=False):
-    """Matched and total n-grams of 1 to 4 tokens (4 each), and both lengths in tokens."""
+    """Ten ints: matched and total n-grams of 1 to 4 tokens (4 each), and both lengths in tokens."""
     if lowercase:
         hypothesis, reference = hypothesis.lower(), reference.lower()
     hyp, ref = tokenize_13a(hypothesis), tokenize_13a(reference)
@@ -49,18 +49,17 @@ def bleu_counts(hypothesis, reference, lowercase=False):
         ngrams, wanted = (Counter(zip(*(words[k:] for k in range(n)))) for words in (hyp, ref))
         matched.append((ngrams & wanted).total())  # as often as the reference has them
         total.append(ngrams.total())
-    return matched, total, len(hyp), len(ref)
+    return [*matched, *total, len(hyp), len(ref)]
 
-def bleu_score(matched, total, hyp_length, ref_length, effective_order):
+def bleu_score(counts, effective_order):
     """BLEU in [0, 1] from counts: geometric mean of the n-gram precisions times brevity penalty.
 
     Exponential smoothing: the first order without a match counts as 1/2 match, the next 1/4.
     effective_order leaves out the orders for which the hypothesis is too short (sentences).
     """
-    if not any(matched):
-        return 0.0
+    matched, total, (hyp_length, ref_length) = counts[:4], counts[4:8], counts[8:]
     orders = sum(count > 0 for count in total) if effective_order else 4
-    if min(total[:orders]) == 0:
+    if not any(matched) or min(total[:orders]) == 0:
         return 0.0
     smooth, log_sum = 1.0, 0.0
     for hits, count in zip(matched[:orders], total):
@@ -78,7 +77,7 @@ def sentence_bleu(hypothesis, reference, lowercase=False):
     >>> round(sentence_bleu("you have five new messages", "you have four new messages"), 3)
     0.302
     """
-    return bleu_score(*bleu_counts(hypothesis, reference, lowercase), effective_order=True)
+    return bleu_score(bleu_counts(hypothesis, reference, lowercase), effective_order=True)
 
 def prompt_rewards(prompt):
     """The K rewards of a prompt's responses, floats in [0, 1]. Fork here for another reward."""
@@ -105,21 +104,18 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both"):
     root = mean_reward(rewards, range(K))
     spans = []
     for i in range(K):
-        length, start, parent, row = int(lengths[i]), 0, root, []
-        for b, level in zip(boundaries, groups):
-            members = next((group for group in level if i in group), None)
-            if members is None:
-                continue
+        path = [(int(b), members) for b, level in zip(boundaries, groups)
+                for members in level if i in members]
+        # subtle: the node of twin responses may lie past their end; the span still counts
+        if not path or path[-1][0] < lengths[i]:
+            path.append((int(lengths[i]), [i]))  # the tail, a node of its own
+        start, parent, row = 0, root, []
+        for end, members in path:
             value = mean_reward(rewards, members)
             credit = use_global * (value - root) + use_local * (value - parent)
             # n responses hold this span and would each be credited: the multiplicity correction.
-            # subtle: the node of twin responses may lie past their end; the span still counts
-            row.append((start, int(b), credit / math.sqrt(len(members))))
-            start, parent = int(b), value
-        if start < length:
-            reward = float(rewards[i])
-            credit = use_global * (reward - root) + use_local * (reward - parent)
-            row.append((start, length, credit))
+            row.append((start, end, credit / math.sqrt(len(members))))
+            start, parent = end, value
         spans.append(row)
     return spans
 

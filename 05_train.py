@@ -104,7 +104,6 @@ def save_adapter(run, model, optimizer, state):
 
 def append_csv(path, rows):
     """Add rows (dicts with the same keys) to a CSV file, except those it holds already."""
-    path = Path(path)
     lines = path.read_text().splitlines() if path.exists() else [",".join(rows[0])]
     lines += [line for row in rows if (line := ",".join(map(str, row.values()))) not in lines]
     sampling.write_file(path, "\n".join([*lines, ""]).encode())
@@ -124,18 +123,19 @@ def parse_args():
         help="steps of all rounds; 0: constant rate")
     add("--lora-rank", type=count, default=16, help="rank of the LoRA")
     add("--lora-alpha", type=count, default=32, help="the LoRA is scaled by alpha / rank")
-    add("--lora-dropout", type=size, default=0.0, help="dropout before the LoRA")
+    add("--lora-dropout", type=sampling.limited(float, 0, 1), default=0.0, help="dropout before it")
     add("--clip-eps", type=size, default=0.2, help="the ratio is clipped to 1 -+ this")
     add("--kl-weight", type=size, default=0.02, help="weight of the KL to the reference")
-    add("--max-grad-norm", type=size, default=1.0, help="longest gradient")
+    add("--max-grad-norm", type=size, default=1.0, help="longest gradient; 0: any")
     return parser.parse_args()
 
 def main(args):
-    # 1. The files of this round.
+    # 1. The files of this round; what all three say of a prompt in one dict.
     rollouts = sampling.load_stage(args.run, "rollouts")
     scores = sampling.load_stage(args.run, "surprisal", rollouts)["prompts"]
-    credits = sampling.load_stage(args.run, "advantages", rollouts)["prompts"]
-    meta, prompts = rollouts["meta"], rollouts["prompts"]
+    earned = sampling.load_stage(args.run, "advantages", rollouts)["prompts"]
+    prompts = [a | b | c for a, b, c in zip(rollouts["prompts"], scores, earned)]
+    meta = rollouts["meta"]
 
     # 2. The policy and its optimizer, as the last round left them.
     state = sampling.read_state(args.run, meta)
@@ -153,31 +153,29 @@ def main(args):
                                     "start anew") from error
 
     # 3. One epoch: a few prompts a step, one trie a prompt.
-    rows, bar = [], tqdm(total=len(prompts), desc=f"training, {args.method}", unit="prompt")
-    for batch in sampling.chunks(list(zip(prompts, scores, credits)), args.prompts_per_step):
+    rows, batches = [], sampling.chunks(prompts, args.prompts_per_step)
+    for batch in tqdm(batches, desc=f"training, {args.method}", unit="step"):
         began = time.time()
         kl, moved = [], []  # per token
         for part in sampling.chunks(batch, args.prompts_per_batch):
-            logps, losses = scoring.score_responses(model, [prompt for prompt, _, _ in part]), []
-            for logp, (prompt, score, earned) in zip(logps, part):
+            losses = []
+            for logp, prompt in zip(scoring.score_responses(model, part), part):
+                old, ref = prompt["logp_old"], prompt["logp_ref"]
                 mask = scoring.response_mask(prompt)
-                losses.append(policy_loss(
-                    logp, score["logp_old"], score["logp_ref"], earned[args.method], mask,
-                    args.clip_eps, args.kl_weight))
-                logp = logp.detach()[mask]
-                kl.append(reference_kl(logp, score["logp_ref"][mask]))
-                moved.append(torch.exp(logp - score["logp_old"][mask]) - 1)
+                losses.append(policy_loss(logp, old, ref, prompt[args.method], mask,
+                                          args.clip_eps, args.kl_weight))
+                kl.append(reference_kl(logp, ref).detach()[mask])
+                moved.append(torch.exp(logp - old).detach()[mask] - 1)
             (sum(losses) / len(batch)).backward()
-            bar.update(len(part))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.total_steps, args.learning_rate)
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.total_steps, args.learning_rate)
+        longest = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, longest).item()
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        rewards = torch.cat([earned["rewards"] for _, _, earned in batch])
-        lengths = torch.cat([prompt["lengths"] for prompt, _, _ in batch]).float()
-        alike = [len(earned["rewards"].unique()) == 1 for _, _, earned in batch]
+        rewards, lengths = (torch.cat([prompt[name] for prompt in batch]).float()
+                            for name in ("rewards", "lengths"))
+        alike = [len(prompt["rewards"].unique()) == 1 for prompt in batch]
         rows.append({
             "round": meta["round"], "step": step, "method": args.method,
             "reward": f"{rewards.mean():.4f}", "alike": f"{sum(alike) / len(batch):.2f}",
@@ -185,7 +183,6 @@ def main(args):
             "clipped": f"{(torch.cat(moved).abs() > args.clip_eps).float().mean():.4f}",
             "length": f"{lengths.mean():.1f}", "grad_norm": f"{grad_norm:.3f}",
             "seconds": f"{time.time() - began:.2f}"})
-    bar.close()
 
     # 4. Write.
     kept = {name: meta[name] for name in ("round", "seen", "model", "system_prompt", "raw_prompt")}

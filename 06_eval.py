@@ -29,27 +29,25 @@ def corpus_bleu(hypotheses, references, lowercase=False):
     The n-gram counts are summed over the corpus first. Equal to sacrebleu's corpus_bleu with 13a
     tokens and exponential smoothing.
     """
-    pairs = zip(hypotheses, references, strict=True)
-    counts = [credit.bleu_counts(*pair, lowercase) for pair in pairs]
-    matched, total = ([sum(n) for n in zip(*(count[k] for count in counts))] for k in (0, 1))
-    hyp_length, ref_length = (sum(count[k] for count in counts) for k in (2, 3))
-    return 100 * credit.bleu_score(matched, total, hyp_length, ref_length, effective_order=False)
+    counts = [credit.bleu_counts(*pair, lowercase)
+              for pair in zip(hypotheses, references, strict=True)]
+    summed = [sum(count) for count in zip([0] * 10, *counts)]
+    return 100 * credit.bleu_score(summed, effective_order=False)
 
 def answers(model, processor, embeds, args, seed):
-    """Texts of N prompts: --passes sampled lists and, last, a greedy one, each (N)."""
+    """For each of N prompts a list of texts: --passes sampled ones and, last, the greedy one."""
     def ask(K, temperature):
         sampled = sampling.sample_all(model, embeds, args.prompts_per_batch, K,
                                       args.max_new_tokens, temperature, args.top_p)
-        return [processor.tokenizer.batch_decode([responses[k, :lengths[k]] for responses, lengths
-                                                  in sampled], skip_special_tokens=True)
-                for k in range(K)]
+        return [processor.tokenizer.batch_decode([row[:n] for row, n in zip(*pair)],
+                                                 skip_special_tokens=True) for pair in sampled]
 
     torch.manual_seed(seed)  # the same for every model
-    return ask(args.passes, args.temperature) + ask(1, 0)
+    return [many + one for many, one in zip(ask(args.passes, args.temperature), ask(1, 0))]
 
 def scores(texts, references):
-    """The columns of eval.csv for the texts of one model."""
-    *passes, greedy = texts
+    """The columns of eval.csv for the texts of one model, a list per prompt (see answers)."""
+    *passes, greedy = zip(*texts)
     bleus = [corpus_bleu(sampled, references, lowercase=True) for sampled in passes]
     exact = [text.split() == reference.split() for text, reference in zip(greedy, references)]
     return {"bleu_sampled": f"{statistics.fmean(bleus):.2f}",
@@ -87,16 +85,14 @@ def main(args):
                model.disable_adapter if state["adapter"] else nullcontext)]
     if state["adapter"]:
         models.append(({name: state[name] for name in ("round", "step", "method")}, nullcontext))
-    texts = [[[] for _ in range(args.passes + 1)] for _ in models]
+    texts = [[] for _ in models]
     for number, group in enumerate(sampling.chunks(examples, GROUP)):
         embeds = sampling.embed_examples(model, processor, group, *rendering)
         for (_, switched), found in zip(models, texts):
             with switched():
-                answered = answers(model, processor, embeds, args, args.seed + number)
-            for column, part in zip(found, answered):
-                column += part
+                found += answers(model, processor, embeds, args, args.seed + number)
     rows = [{**head, **scores(found, references)} for (head, _), found in zip(models, texts)]
-    greedy = texts[-1][-1]
+    greedy = [answered[-1] for answered in texts[-1]]
 
     # 3. Write.
     training.append_csv(Path(args.run) / "eval.csv", rows)
