@@ -41,10 +41,13 @@ WRITER = {"rollouts": "01_sample.py", "surprisal": "02_surprisal.py", "tree": "0
 class BadInput(ValueError):
     """A user's mistake, told in one sentence: what is wrong, with its name, and what to do."""
 
-def run_stage(main, args):
-    """main(args), where a user's mistake ends the script with one sentence instead of a trace."""
+def run_stage(main, parse_args):
+    """main(parse_args()), where a user's mistake ends the script with a sentence, not a trace."""
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can draw a tree
     try:
-        main(args)
+        main(parse_args())
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("stopped: the files written before are whole")
     except torch.OutOfMemoryError:
@@ -103,6 +106,8 @@ def read_state(run, meta=None):
     if folder.exists():
         try:
             state |= {**json.loads((folder / "training.json").read_text()), "adapter": folder}
+            if not {"model", "method"} <= state.keys():
+                raise ValueError
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{folder} has no whole training.json: move it away") from error
     if meta and meta["round"] != state["round"] + 1:
@@ -126,6 +131,7 @@ def read_manifest(path):
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a character could not be written
         except ValueError as error:
             raise BadInput(f"{path} line {number} is not JSON: {error}") from error
         for key in ("audio", "prompt", "reference"):
@@ -167,7 +173,7 @@ def load_audio(path, rate, max_seconds=math.inf):
     if len(wave) == 0 or not wave.isfinite().all():
         raise BadInput(f"{path} is empty or corrupt: no samples, or some that are no numbers")
     if len(wave) > max_seconds * file_rate:
-        raise BadInput(f"{path} lasts {len(wave) / file_rate:.1f} s, but the model hears only "
+        raise BadInput(f"{path} lasts {len(wave) / file_rate:.2f} s, but the model hears only "
                        f"{max_seconds:g} s: shorten it or leave it out")
     return wave if file_rate == rate else resample(wave, file_rate, rate)
 
@@ -253,6 +259,8 @@ def logits_of(model, hidden):
 
 def render_prompt(processor, prompt, system_prompt="", raw=False):
     """The text for the model, its audio placeholder where the prompt says <audio>, or first."""
+    if processor.audio_token in prompt:
+        raise BadInput(f"the prompt {prompt!r} has {processor.audio_token}: write <audio> there")
     before, after = prompt.split("<audio>") if "<audio>" in prompt else ("", prompt)
     marks = (getattr(processor, f"audio_{end}_token", "") for end in ("bos", "eos"))
     whole = before + processor.audio_token.join(marks) + after
@@ -393,7 +401,7 @@ def next_slice(total, start, count, seed):
         order += random.Random(f"{seed} {epoch}").sample(range(total), total)
     return order[start:start + count]
 
-def limited(kind, low, high=math.inf):
+def limited(kind, low, high=10**9):
     """An argparse type: an int or a float from low to high."""
     def number(text):
         if not low <= kind(text) <= high:
@@ -413,6 +421,12 @@ def stage_parser(doc, prompts_per_batch=None):
                             help="prompts in one pass; fewer take less memory")
     return parser
 
+def parse_as_before(parser, names, before=read_state):
+    """The arguments; the default of `names` is what before(run) says of the run's last round."""
+    known = before(parser.parse_known_args()[0].run)
+    parser.set_defaults(**{name: known[name] for name in names if name in known})
+    return parser.parse_args()
+
 def parse_args():
     parser = stage_parser(__doc__, prompts_per_batch=16)
     add = parser.add_argument
@@ -425,13 +439,13 @@ def parse_args():
     add("--top-p", type=limited(float, 0.001, 1), default=0.9, help="nucleus of the sampling")
     add("--system-prompt", default="", help="fixes what a template fills with today's date")
     add("--raw-prompt", action="store_true", help="leave the model's chat template out")
-    add("--seed", type=int, default=0, help="of the order of the prompts and of the sampling")
-    return parser.parse_args()
+    add("--seed", type=limited(int, 0), default=0, help="of the prompts' order and of the sampling")
+    return parse_as_before(parser, ["manifest", "model", "system_prompt", "raw_prompt", "seed"])
 
 def main(args):
     # 1. The prompts of this round: the next slice of the shuffled manifest.
     manifest, state = read_manifest(args.manifest), read_state(args.run)
-    if os.path.normpath(args.model) != os.path.normpath(state.get("model", args.model)):
+    if os.path.realpath(args.model) != os.path.realpath(state.get("model", args.model)):
         raise BadInput(f"{state['adapter']} is of --model {state['model']}, not {args.model}")
     N, K = min(args.num_prompts, len(manifest)), args.num_responses
     examples = [manifest[n] for n in next_slice(len(manifest), state["seen"], N, args.seed)]
@@ -457,7 +471,7 @@ def main(args):
                         "texts": texts, "ends": ends})
     meta = {name: value for name, value in vars(args).items() if name not in ("run", "device")}
     meta |= {"round": state["round"] + 1, "seen": state["seen"] + N, "num_prompts": N}
-    content = repr([meta, [(prompt["id"], prompt["responses"].tolist()) for prompt in prompts]])
+    content = repr([meta, examples, [prompt["responses"].tolist() for prompt in prompts]])
     meta["id"] = hashlib.sha256(content.encode()).hexdigest()[:12]
     save_stage(args.run, "rollouts", meta, prompts)
 
@@ -468,4 +482,4 @@ def main(args):
         print(f"  sampled  {text}")
 
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, parse_args)

@@ -145,4 +145,4 @@ def main(args):
         print(f"  {marks} {text}")
 
 if __name__ == "__main__":
-    sampling.run_stage(main, parse_args())
+    sampling.run_stage(main, parse_args)

@@ -150,4 +150,4 @@ def main(args):
           "span's first token, the one that was decided there.")
 
 if __name__ == "__main__":
-    sampling.run_stage(main, parse_args())
+    sampling.run_stage(main, parse_args)

@@ -196,4 +196,4 @@ which is what the gradient of the shared tokens carries: LEAF's advantages befor
 z-score, and GRPO's, from the same rewards. (end): a repeated answer that was over at its fork.""")
 
 if __name__ == "__main__":
-    sampling.run_stage(main, parse_args())
+    sampling.run_stage(main, parse_args)

@@ -102,9 +102,13 @@ def save_adapter(run, model, optimizer, state):
     part.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
 
-def append_csv(path, rows):
-    """Add rows (dicts with the same keys) to a CSV file, except those it holds already."""
-    lines = path.read_text().splitlines() if path.exists() else [",".join(rows[0])]
+def append_csv(path, rows, redone=math.inf):
+    """Add rows (dicts with the same keys) to a CSV file, except those it holds already.
+
+    Its rows of the round `redone` or later go: that training was cut off before it was saved.
+    """
+    head, *lines = path.read_text().splitlines() if path.exists() else [",".join(rows[0])]
+    lines = [head] + [line for line in lines if int(line.split(",")[0]) < redone]
     lines += [line for row in rows if (line := ",".join(map(str, row.values()))) not in lines]
     sampling.write_file(path, "\n".join([*lines, ""]).encode())
 
@@ -127,7 +131,7 @@ def parse_args():
     add("--clip-eps", type=size, default=0.2, help="the ratio is clipped to 1 -+ this")
     add("--kl-weight", type=size, default=0.02, help="weight of the KL to the reference")
     add("--max-grad-norm", type=size, default=1.0, help="longest gradient; 0: any")
-    return parser.parse_args()
+    return sampling.parse_as_before(parser, ["method"])
 
 def main(args):
     # 1. The files of this round; what all three say of a prompt in one dict.
@@ -171,6 +175,9 @@ def main(args):
         longest = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, longest).item()
         optimizer.step()
+        if not all(weight.isfinite().all() for weight in weights):
+            raise sampling.BadInput(f"step {step + 1} made weights that are no numbers (gradient "
+                                    f"norm {grad_norm:g}); nothing is saved: lower --learning-rate")
         optimizer.zero_grad()
         step += 1
         rewards, lengths = (torch.cat([prompt[name] for prompt in batch]).float()
@@ -185,13 +192,14 @@ def main(args):
             "seconds": f"{time.time() - began:.2f}"})
 
     # 4. Write.
-    kept = {name: meta[name] for name in ("round", "seen", "model", "system_prompt", "raw_prompt")}
+    kept = {name: meta[name] for name in ("round", "seen", "seed", "manifest", "model",
+                                          "system_prompt", "raw_prompt")}
+    append_csv(Path(args.run) / "train.csv", rows, redone=meta["round"])
     save_adapter(args.run, model, optimizer, {**kept, "step": step, "method": args.method})
-    append_csv(Path(args.run) / "train.csv", rows)
 
     # 5. Show.
     print_table(rows)
     print(f"Round {meta['round']} trained -> {args.run}/adapter, {args.run}/train.csv")
 
 if __name__ == "__main__":
-    sampling.run_stage(main, parse_args())
+    sampling.run_stage(main, parse_args)

@@ -55,30 +55,33 @@ def scores(texts, references):
             "bleu_greedy": f"{corpus_bleu(greedy, references, lowercase=True):.2f}",
             "exact_match": f"{100 * statistics.fmean(exact):.1f}"}
 
+def run_settings(run):
+    """What the run is about: says its adapter or, before the first training, its rollouts."""
+    state = sampling.read_state(run)
+    untrained = not state["adapter"] and (Path(run) / "rollouts.pt").exists()
+    return sampling.load_stage(run, "rollouts")["meta"] if untrained else state
+
 def parse_args():
     parser = sampling.stage_parser(__doc__, prompts_per_batch=32)
     add, count, limited = parser.add_argument, sampling.limited(int, 1), sampling.limited
-    until = "before the first training; then its own"
     add("--manifest", default="tests/demo/test.jsonl", help="JSON lines: audio, prompt, reference")
     add("--num-prompts", type=count, help="only the first so many")
     add("--passes", type=count, default=5, help="sampled passes")
     add("--max-new-tokens", type=count, default=200, help="longest response")
     add("--temperature", type=limited(float, 0), default=0.9, help="of the sampled passes")
     add("--top-p", type=limited(float, 0.001, 1), default=0.9, help="of the sampled passes")
-    add("--model", default="tests/demo/model", help=until)
-    add("--system-prompt", default="", help=until)
-    add("--raw-prompt", action="store_true", help=until)
-    add("--seed", type=int, default=0, help="of the sampling")
-    return parser.parse_args()
+    add("--model", default="tests/demo/model", help="folder or hub name")
+    add("--system-prompt", default="", help="as in 01")
+    add("--raw-prompt", action="store_true", help="as in 01")
+    add("--seed", type=limited(int, 0), default=0, help="of the sampling")
+    return sampling.parse_as_before(parser, ["model", "system_prompt", "raw_prompt"], run_settings)
 
 def main(args):
     # 1. The test prompts, rendered as training rendered its own.
     state, examples = sampling.read_state(args.run), sampling.read_manifest(args.manifest)
     examples = examples[:args.num_prompts]
     references = [example["reference"] for example in examples]
-    asked = {**vars(args), **state}
-    name, *rendering = (asked[key] for key in ("model", "system_prompt", "raw_prompt"))
-    model, processor = sampling.load_model(name, state["adapter"], args.device)
+    model, processor = sampling.load_model(args.model, state["adapter"], args.device)
 
     # 2. Base, then adapter, on the same embeddings: training leaves the audio tower as it is.
     models = [({"round": 0, "step": 0, "method": "base"},
@@ -87,7 +90,8 @@ def main(args):
         models.append(({name: state[name] for name in ("round", "step", "method")}, nullcontext))
     texts = [[] for _ in models]
     for number, group in enumerate(sampling.chunks(examples, GROUP)):
-        embeds = sampling.embed_examples(model, processor, group, *rendering)
+        embeds = sampling.embed_examples(model, processor, group, args.system_prompt,
+                                         args.raw_prompt)
         for (_, switched), found in zip(models, texts):
             with switched():
                 found += answers(model, processor, embeds, args, args.seed + number)
@@ -109,4 +113,4 @@ def main(args):
     training.print_table(rows)
 
 if __name__ == "__main__":
-    sampling.run_stage(main, parse_args())
+    sampling.run_stage(main, parse_args)

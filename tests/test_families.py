@@ -319,7 +319,7 @@ def test_a_clip_beyond_30_seconds_is_refused_by_name(tmp_path, folders):
     Path(tmp_path / "m.jsonl").write_text("\n".join(lines))
     sentence = refusal("01_sample.py", "--run", tmp_path / "run", "--manifest", tmp_path / "m.jsonl",
                        "--model", folders["qwen2-audio-7b"])
-    assert "31.wav" in sentence and "31.0 s" in sentence and "30 s" in sentence
+    assert "31.wav" in sentence and "31.00 s" in sentence and "30 s" in sentence
     assert not (tmp_path / "run" / "rollouts.pt").exists()
 
 
@@ -354,4 +354,5 @@ def test_a_full_gpu_is_told_in_one_sentence(tmp_path, folders, monkeypatch):
 
     monkeypatch.setattr(import_module("01_sample"), "sample_all", full)
     with pytest.raises(SystemExit, match="fewer --prompts-per-batch"):
-        sampling.run_stage(sampling.main, parsed("01_sample.py", "--run", tmp_path, *small(folders["qwen2-audio-7b"])))
+        options = ["--run", tmp_path, *small(folders["qwen2-audio-7b"])]
+        sampling.run_stage(sampling.main, lambda: parsed("01_sample.py", *options))

@@ -70,7 +70,8 @@ def test_an_empty_manifest(tmp_path, lines):
 
 
 @pytest.mark.parametrize("line", ["{broken", "audio,prompt,reference", "{'audio': 'a'}", GOOD_LINE[:-3],
-                                  GOOD_LINE + GOOD_LINE, b'{"audio": "\xff"}'])
+                                  GOOD_LINE + GOOD_LINE, b'{"audio": "\xff"}',
+                                  GOOD_LINE.replace("Hallo.", "\\ud83d")])
 def test_a_line_that_is_not_json(tmp_path, line):
     refused(manifest(tmp_path, GOOD_LINE, "", line, GOOD_LINE), "line 3", "JSON")
 

@@ -1,14 +1,17 @@
 """Mistakes and mishaps: one sentence that names what is wrong, and nothing written is lost."""
 import errno
+import json
 import os
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
-from conftest import (MODEL, SCRIPTS, SMALL, TEST, TRAIN, call, load, parsed, refusal, sampled_round,
+from conftest import (MODEL, ROOT, SCRIPTS, SMALL, TEST, TRAIN, call, load, parsed, refusal, sampled_round,
                       shell)
 from safetensors.torch import load_file, save_file
 
@@ -54,6 +57,37 @@ def test_files_of_another_round(sampled, rounds, script, missing, writer):
     assert f"{missing}.pt" in sentence and writer in sentence
     assert all(load(run, "rollouts")["meta"]["id"] in sentence for run in (sampled, rounds.ready))
     assert contents(sampled) == before
+
+
+def test_rollouts_with_other_references_are_other_rollouts(tmp_path, rounds):
+    """The responses may be the same; the rewards are not."""
+    ids = []
+    for reference in ("Hallo.", "Guten Tag."):
+        line = {"audio": str(TRAIN.parent / "train" / "000.ogg"), "prompt": "Translate.", "reference": reference}
+        (tmp_path / "manifest.jsonl").write_text(json.dumps(line))
+        call("01_sample.py", "--run", tmp_path / "run", *SMALL, "--manifest", tmp_path / "manifest.jsonl")
+        ids.append(load(tmp_path / "run", "rollouts")["meta"]["id"])
+    assert ids[0] != ids[1]
+
+
+def test_a_run_goes_on_as_it_began(tmp_path):
+    """In later rounds what is not asked for is as before: manifest, prompt, method."""
+    manifest = shutil.copy(TRAIN, tmp_path / "mine.jsonl")
+    (tmp_path / "train").symlink_to(TRAIN.parent / "train")
+    run, small = tmp_path / "run", SMALL[2:]  # without --manifest
+    call("01_sample.py", "--run", run, *small, "--manifest", manifest, "--system-prompt", "Be brief.", "--seed", 3)
+    assert parsed("06_eval.py", "--run", run).system_prompt == "Be brief."  # before any training
+    for script in SCRIPTS[1:4]:
+        call(script, "--run", run)
+    assert parsed("05_train.py", "--run", run).method == "leaf"
+    call("05_train.py", "--run", run, "--method", "grpo")
+    for script in ("01_sample.py", "06_eval.py"):
+        assert parsed(script, "--run", run).system_prompt == "Be brief."
+        assert parsed(script, "--run", run, "--system-prompt", "").system_prompt == ""
+    again = parsed("01_sample.py", "--run", run)
+    assert (again.manifest, again.seed, again.num_prompts) == (str(manifest), 3, 64)
+    assert parsed("05_train.py", "--run", run).method == "grpo"
+    assert parsed("06_eval.py", "--run", run).manifest == "tests/demo/test.jsonl"
 
 
 def test_another_model_than_the_adapters(trained):
@@ -113,7 +147,7 @@ def test_an_adapter_that_is_not_whole(tmp_path, rounds, file, cut):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "7", ""])
+@pytest.mark.parametrize("content", ["[]", "null", "7", "", "{}"])
 def test_a_training_state_that_is_something_else(tmp_path, rounds, content):
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     (run / "adapter" / "training.json").write_text(content)
@@ -193,7 +227,7 @@ def test_the_loras_options_stay_those_of_the_first_round(tmp_path, rounds):
 def test_a_recording_among_others_is_named(tmp_path):
     soundfile.write(str(tmp_path / "long.wav"), torch.zeros(16000 * 9).numpy(), 16000)
     (tmp_path / "broken.ogg").write_bytes(b"no sound")
-    for name, said in (("long.wav", "9.0 s"), ("broken.ogg", "corrupt"), ("gone.flac", "no recording")):
+    for name, said in (("long.wav", "9.00 s"), ("broken.ogg", "corrupt"), ("gone.flac", "no recording")):
         manifest = tmp_path / "manifest.jsonl"
         manifest.write_text(f'{{"audio": "{name}", "prompt": "Translate.", "reference": "Hallo."}}\n')
         sentence = refusal("01_sample.py", "--run", tmp_path / "run", "--manifest", manifest, "--model", MODEL)
@@ -300,6 +334,64 @@ def test_a_kill_while_the_adapter_is_replaced(tmp_path, rounds, monkeypatch):
     monkeypatch.undo()
     assert sampling.read_state(run)["round"] == 1
     assert contents(run / "adapter") == contents(rounds.ready / "adapter")
+
+
+def test_a_kill_between_train_csv_and_the_adapter(tmp_path, rounds, monkeypatch):
+    """The rows of that training are replaced by those of the next try; older rounds' stay."""
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    before = (run / "train.csv").read_text()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("05_train"), "save_adapter", killed)
+    with pytest.raises(KeyboardInterrupt):
+        import_module("05_train").main(parsed("05_train.py", "--run", run))
+    monkeypatch.undo()
+    assert len((run / "train.csv").read_text().splitlines()) == len(before.splitlines()) + 1
+    call("05_train.py", "--run", run, "--learning-rate", 1e-5)
+    after = (run / "train.csv").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == len(before.splitlines()) + 1
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, rounds):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    advantages = torch.load(run / "advantages.pt", weights_only=True)
+    advantages["prompts"][0]["leaf"][0, 0] = float("nan")
+    torch.save(advantages, run / "advantages.pt")
+    before = contents(run)
+    assert "--learning-rate" in refusal("05_train.py", "--run", run)
+    assert contents(run) == before
+
+
+def test_no_longest_gradient(tmp_path, rounds):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    call("05_train.py", "--run", run, "--max-grad-norm", 0)
+    assert contents(run / "adapter") != contents(rounds.ready / "adapter")
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
+
+
+@pytest.mark.parametrize("script, option, value", [("05_train.py", "--lora-dropout", 1.5), (
+    "05_train.py", "--kl-weight", "inf"), ("01_sample.py", "--seed", 10**30), ("01_sample.py", "--top-p", "nan")])
+def test_a_number_that_cannot_be_meant(tmp_path, capsys, script, option, value):
+    with pytest.raises(SystemExit):
+        call(script, "--run", tmp_path, option, value)
+    assert f"{option}: {value} is not from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["03_tree.py", "04_advantage.py"])
+def test_a_terminal_that_cannot_draw(rounds, tmp_path, monkeypatch, script):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = shell(script, "--run", run)
+    assert done.returncode == 0 and "??" in done.stdout, done.stderr
+
+
+def test_a_reader_who_has_read_enough(rounds):
+    command = f"{sys.executable} 04_advantage.py --run {rounds.again} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

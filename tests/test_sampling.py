@@ -76,6 +76,11 @@ def test_a_prompt_has_one_place_for_the_recording(demo, prompt):
         assert text.index("Listen:") < text.index(processor.audio_token)
 
 
+def test_a_prompt_with_the_placeholder_itself_is_refused(demo):
+    with pytest.raises(sampling.BadInput, match="write <audio>"):
+        sampling.render_prompt(demo[1], "Listen to <|AUDIO|> and answer.")
+
+
 def test_system_prompt_and_raw_prompt(demo):
     processor = demo[1]
     asked = sampling.render_prompt(processor, "Translate.", "Answer in German.")
