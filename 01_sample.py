@@ -46,6 +46,7 @@ def run_stage(main, parse_args):
     sys.stdout.reconfigure(errors="replace")  # not every terminal can draw a tree
     try:
         main(parse_args())
+        sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -388,8 +388,9 @@ def test_a_terminal_that_cannot_draw(rounds, tmp_path, monkeypatch, script):
     assert done.returncode == 0 and "??" in done.stdout, done.stderr
 
 
-def test_a_reader_who_has_read_enough(rounds):
+def test_a_reader_who_has_read_enough(rounds, monkeypatch):
     command = f"{sys.executable} 04_advantage.py --run {rounds.again} | true; exit ${{PIPESTATUS[0]}}"
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # all is written at the end
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
 
