@@ -60,3 +60,7 @@ def test_a_corpus_without_four_words_scores_nothing():
     """As sacrebleu's corpus_bleu; the effective order is for single sentences."""
     assert evaluation.corpus_bleu(["yes", "a b"], ["yes", "a b"]) == 0
     assert credit.sentence_bleu("a b", "a b") == 1
+
+
+def test_an_empty_corpus():
+    assert evaluation.corpus_bleu([], []) == 0
