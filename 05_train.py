@@ -102,13 +102,11 @@ def save_adapter(run, model, optimizer, state):
     part.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
 
-def append_csv(path, rows, redone=math.inf):
-    """Add rows (dicts with the same keys) to a CSV file, except those it holds already.
-
-    Its rows of the round `redone` or later go: that training was cut off before it was saved.
-    """
+def append_csv(path, rows, redone=None):
+    """Add rows (dicts with the same keys) to a CSV file, except those it holds already; its rows of
+    the round `redone` go, since that training was cut off before it was saved."""
     head, *lines = path.read_text().splitlines() if path.exists() else [",".join(rows[0])]
-    lines = [head] + [line for line in lines if int(line.split(",")[0]) < redone]
+    lines = [head] + [line for line in lines if line.split(",")[0] != str(redone)]
     lines += [line for row in rows if (line := ",".join(map(str, row.values()))) not in lines]
     sampling.write_file(path, "\n".join([*lines, ""]).encode())
 
@@ -174,10 +172,10 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.total_steps, args.learning_rate)
         longest = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, longest).item()
+        if not math.isfinite(grad_norm):
+            raise sampling.BadInput(f"the gradient of step {step + 1} has the norm {grad_norm}: no "
+                                    "step of this round is saved; try a lower --learning-rate")
         optimizer.step()
-        if not all(weight.isfinite().all() for weight in weights):
-            raise sampling.BadInput(f"step {step + 1} made weights that are no numbers (gradient "
-                                    f"norm {grad_norm:g}); nothing is saved: lower --learning-rate")
         optimizer.zero_grad()
         step += 1
         rewards, lengths = (torch.cat([prompt[name] for prompt in batch]).float()
@@ -192,10 +190,10 @@ def main(args):
             "seconds": f"{time.time() - began:.2f}"})
 
     # 4. Write.
-    kept = {name: meta[name] for name in ("round", "seen", "seed", "manifest", "model",
-                                          "system_prompt", "raw_prompt")}
+    kept = ("round", "seen", "seed", "manifest", "model", "system_prompt", "raw_prompt")
+    state = {name: meta[name] for name in kept if name in meta}
     append_csv(Path(args.run) / "train.csv", rows, redone=meta["round"])
-    save_adapter(args.run, model, optimizer, {**kept, "step": step, "method": args.method})
+    save_adapter(args.run, model, optimizer, {**state, "step": step, "method": args.method})
 
     # 5. Show.
     print_table(rows)

@@ -355,7 +355,7 @@ def test_a_kill_between_train_csv_and_the_adapter(tmp_path, rounds, monkeypatch)
     assert "leaf" in after.splitlines()[-1]
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path, rounds):
+def test_a_gradient_that_is_no_number_is_not_followed(tmp_path, rounds):
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     advantages = torch.load(run / "advantages.pt", weights_only=True)
     advantages["prompts"][0]["leaf"][0, 0] = float("nan")
