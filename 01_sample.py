@@ -98,7 +98,7 @@ def load_stage(run, name, rollouts=None):
 def read_state(run, meta=None):
     """Where training stands: dict of round, step, seen (prompts used so far), adapter (path, None).
 
-    meta: of rollouts to be used; BadInput if the adapter was trained since they were made.
+    meta: of rollouts to be used; BadInput unless the adapter as it is now has sampled them.
     """
     folder, previous = Path(run) / "adapter", Path(run) / "adapter.previous"
     state = {"round": 0, "step": 0, "seen": 0, "adapter": None}
@@ -111,9 +111,9 @@ def read_state(run, meta=None):
                 raise ValueError
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{folder} has no whole training.json: move it away") from error
-    if meta and meta["round"] != state["round"] + 1:
-        raise BadInput(f"{run}/rollouts.pt is of round {meta['round']}, but {folder} is trained up "
-                       f"to round {state['round']}: run 01_sample.py for the next round")
+    if meta and meta.get("policy") != state.get("trained_on"):
+        raise BadInput(f"{run}/rollouts.pt, of round {meta['round']}, was not sampled by {folder}, "
+                       f"trained up to round {state['round']}: run 01_sample.py for the next round")
     return state
 
 # The manifest and its recordings.
@@ -471,7 +471,8 @@ def main(args):
         prompts.append({**example, "embeds": embed, "responses": responses, "lengths": lengths,
                         "texts": texts, "ends": ends})
     meta = {name: value for name, value in vars(args).items() if name not in ("run", "device")}
-    meta |= {"round": state["round"] + 1, "seen": state["seen"] + N, "num_prompts": N}
+    meta |= {"round": state["round"] + 1, "seen": state["seen"] + N, "num_prompts": N,
+             "policy": state.get("trained_on")}
     content = repr([meta, examples, [prompt["responses"].tolist() for prompt in prompts]])
     meta["id"] = hashlib.sha256(content.encode()).hexdigest()[:12]
     save_stage(args.run, "rollouts", meta, prompts)

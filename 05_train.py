@@ -193,7 +193,8 @@ def main(args):
     kept = ("round", "seen", "seed", "manifest", "model", "system_prompt", "raw_prompt")
     state = {name: meta[name] for name in kept if name in meta}
     append_csv(Path(args.run) / "train.csv", rows, redone=meta["round"])
-    save_adapter(args.run, model, optimizer, {**state, "step": step, "method": args.method})
+    state |= {"trained_on": meta["id"], "step": step, "method": args.method}
+    save_adapter(args.run, model, optimizer, state)
 
     # 5. Show.
     print_table(rows)

@@ -59,6 +59,18 @@ def test_files_of_another_round(sampled, rounds, script, missing, writer):
     assert contents(sampled) == before
 
 
+def test_an_adapter_of_another_run_has_not_sampled_these(tmp_path, rounds, trained):
+    """It is trained up to the same round, on other rollouts."""
+    call("01_sample.py", "--run", tmp_path / "other", *SMALL, "--seed", 5)
+    for script in SCRIPTS[1:5]:
+        call(script, "--run", tmp_path / "other")
+    run = shutil.copytree(rounds.ready, tmp_path / "mixed")
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(tmp_path / "other" / "adapter", run / "adapter")
+    for script in ("02_surprisal.py", "05_train.py"):
+        assert "was not sampled by" in refusal(script, "--run", run)
+
+
 def test_rollouts_with_other_references_are_other_rollouts(tmp_path, rounds):
     """The responses may be the same; the rewards are not."""
     ids = []
