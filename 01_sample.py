@@ -43,7 +43,8 @@ class BadInput(ValueError):
 
 def run_stage(main, parse_args):
     """main(parse_args()), where a user's mistake ends the script with a sentence, not a trace."""
-    sys.stdout.reconfigure(errors="replace")  # not every terminal can draw a tree
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal can draw a tree
+        sys.stdout.reconfigure(errors="replace")
     try:
         main(parse_args())
         sys.stdout.flush()
@@ -260,7 +261,7 @@ def logits_of(model, hidden):
 
 def render_prompt(processor, prompt, system_prompt="", raw=False):
     """The text for the model, its audio placeholder where the prompt says <audio>, or first."""
-    if processor.audio_token in prompt:
+    if processor.audio_token in prompt.replace("<audio>", ""):
         raise BadInput(f"the prompt {prompt!r} has {processor.audio_token}: write <audio> there")
     before, after = prompt.split("<audio>") if "<audio>" in prompt else ("", prompt)
     marks = (getattr(processor, f"audio_{end}_token", "") for end in ("bos", "eos"))

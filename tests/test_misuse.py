@@ -1,5 +1,7 @@
 """Mistakes and mishaps: one sentence that names what is wrong, and nothing written is lost."""
+import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -397,6 +399,13 @@ def test_a_terminal_that_cannot_draw(rounds, tmp_path, monkeypatch, script):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = shell(script, "--run", run)
     assert done.returncode == 0 and "??" in done.stdout, done.stderr
+
+
+def test_output_that_is_collected(rounds, tmp_path):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        call("03_tree.py", "--run", run)
+    assert "Forks before" in said.getvalue()
 
 
 def test_a_reader_who_has_read_enough(rounds, monkeypatch):
