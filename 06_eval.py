@@ -4,7 +4,8 @@ The test prompts are answered by the untouched model (base) and with the trained
 and greedy, and scored by corpus BLEU, case-insensitive as in the paper. Sampled BLEU judges the
 policy itself; greedy BLEU what a user gets who always takes the likeliest token.
 
-Reads   a test manifest, the model, RUN/adapter if there
+Reads   a test manifest, the model, RUN/adapter if there; before the first training RUN/rollouts.pt,
+        if there, for what the run is about
 Writes  RUN/eval.csv, a row per model, BLEU and exact match (of greedy answers) in 0..100;
         RUN/predictions.jsonl: id, prompt, reference, prediction (greedy), for any other scorer
 Run     python 06_eval.py                                        demo, 2 cores: about 25 s
@@ -56,7 +57,8 @@ def scores(texts, references):
             "exact_match": f"{100 * statistics.fmean(exact):.1f}"}
 
 def run_settings(run):
-    """What the run is about: says its adapter or, before the first training, its rollouts."""
+    """Which model and prompt the run is about: its adapter says so or, before the first training,
+    its rollouts."""
     state = sampling.read_state(run)
     untrained = not state["adapter"] and (Path(run) / "rollouts.pt").exists()
     return sampling.load_stage(run, "rollouts")["meta"] if untrained else state
@@ -77,7 +79,7 @@ def parse_args():
     return sampling.parse_as_before(parser, ["model", "system_prompt", "raw_prompt"], run_settings)
 
 def main(args):
-    # 1. The test prompts, rendered as training rendered its own.
+    # 1. The test prompts, and the model; both as the run has them.
     state, examples = sampling.read_state(args.run), sampling.read_manifest(args.manifest)
     examples = examples[:args.num_prompts]
     references = [example["reference"] for example in examples]
