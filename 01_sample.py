@@ -15,7 +15,6 @@ Run     python 01_sample.py                                      demo, 2 cores: 
 import argparse
 import gc
 import hashlib
-import io
 import json
 import math
 import os
@@ -59,22 +58,27 @@ def run_stage(main, parse_args):
     except (BadInput, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
-def write_file(path, content):
-    """Write bytes beside `path`, then rename: a kill or a full disk leaves the old file whole."""
+def write_file(path, write):
+    """Let write(file) fill a file beside `path`, then rename it: a kill or a full disk leaves the
+    old file whole."""
     path, part = Path(path), Path(f"{path}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
+        with open(part, "wb") as file:
+            write(file)
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+        cause = error if isinstance(error, OSError) else error.__context__  # torch speaks up later
+        raise BadInput(f"cannot write {path}: {getattr(cause, 'strerror', error)}") from error
+
+def save_text(path, text):
+    """A text file, in UTF-8, through write_file."""
+    write_file(path, lambda file: file.write(text.encode()))
 
 def save_tensors(path, content):
-    """torch.save through write_file; in memory first: on a full disk torch itself would abort."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
+    """torch.save through write_file. subtle: to an open file; given a path, torch would abort."""
+    write_file(path, lambda file: torch.save(content, file))
 
 def save_stage(run, name, meta, prompts):
     """Write RUN/name.pt, a dict {"meta": dict, "prompts": [dict per prompt]}."""
@@ -302,13 +306,21 @@ def embed_prompt(model, processor, wave, text):
         hook.remove()
 
 def embed_examples(model, processor, examples, system_prompt, raw):
-    """embed_prompt for each example, a list of (P_i, D)."""
+    """embed_prompt for each example, one (P_i, D) after the other."""
     extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
     longest = getattr(extractor, "chunk_length", math.inf)  # Qwen2-Audio would cut there silently
-    return [embed_prompt(model, processor,
-                         load_audio(example["audio"], extractor.sampling_rate, longest),
-                         render_prompt(processor, example["prompt"], system_prompt, raw))
-            for example in tqdm(examples, desc="listening", unit="clip")]
+    for example in tqdm(examples, desc="listening", unit="clip"):
+        wave = load_audio(example["audio"], extractor.sampling_rate, longest)
+        text = render_prompt(processor, example["prompt"], system_prompt, raw)
+        yield embed_prompt(model, processor, wave, text)
+
+def to_disk(tensor, folder):
+    """The same tensor, from a file without a name: memory does not grow with their number."""
+    path = Path(folder) / "embeds.pt"
+    save_tensors(path, tensor)
+    tensor = torch.load(path, weights_only=True, mmap=os.name != "nt")
+    path.unlink()
+    return tensor
 
 # Sampling.
 
@@ -458,7 +470,8 @@ def main(args):
     model, processor = load_model(args.model, state["adapter"], args.device)
     print("The model is asked:", render_prompt(processor, examples[0]["prompt"], args.system_prompt,
                                                args.raw_prompt).strip(), sep="\n")
-    embeds = embed_examples(model, processor, examples, args.system_prompt, args.raw_prompt)
+    embeds = [to_disk(embed, args.run) for embed in embed_examples(
+        model, processor, examples, args.system_prompt, args.raw_prompt)]
 
     # 3. Answer, K times per prompt.
     torch.manual_seed(1000 * args.seed + state["round"])

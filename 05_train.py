@@ -93,7 +93,7 @@ def save_adapter(run, model, optimizer, state):
         model.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # an empty model card
         sampling.save_tensors(part / "optimizer.pt", optimizer.state_dict())
-        sampling.write_file(part / "training.json", json.dumps(state, indent=1).encode())
+        sampling.save_text(part / "training.json", json.dumps(state, indent=1))
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
         raise sampling.BadInput(f"cannot write {folder}: {error}") from error
@@ -108,7 +108,7 @@ def append_csv(path, rows, redone=None):
     head, *lines = path.read_text().splitlines() if path.exists() else [",".join(rows[0])]
     lines = [head] + [line for line in lines if line.split(",")[0] != str(redone)]
     lines += [line for row in rows if (line := ",".join(map(str, row.values()))) not in lines]
-    sampling.write_file(path, "\n".join([*lines, ""]).encode())
+    sampling.save_text(path, "\n".join([*lines, ""]))
 
 def print_table(rows):
     """Print rows (dicts with the same keys) under their keys."""

@@ -92,8 +92,8 @@ def main(args):
         models.append(({name: state[name] for name in ("round", "step", "method")}, nullcontext))
     texts = [[] for _ in models]
     for number, group in enumerate(sampling.chunks(examples, GROUP)):
-        embeds = sampling.embed_examples(model, processor, group, args.system_prompt,
-                                         args.raw_prompt)
+        embeds = list(sampling.embed_examples(model, processor, group, args.system_prompt,
+                                              args.raw_prompt))
         for (_, switched), found in zip(models, texts):
             with switched():
                 found += answers(model, processor, embeds, args, args.seed + number)
@@ -105,7 +105,7 @@ def main(args):
     lines = [json.dumps({**{name: example[name] for name in ("id", "prompt", "reference")},
                          "prediction": text}, ensure_ascii=False) + "\n"
              for example, text in zip(examples, greedy)]
-    sampling.write_file(Path(args.run) / "predictions.jsonl", "".join(lines).encode())
+    sampling.save_text(Path(args.run) / "predictions.jsonl", "".join(lines))
 
     # 4. Show.
     print(f"\n{len(examples)} test prompts -> {args.run}/eval.csv, {args.run}/predictions.jsonl")

@@ -275,7 +275,21 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", [(Path, "write_bytes"), (os, "replace")], ids=["while writing", "renaming"])
+class FullDisk(io.FileIO):
+    """A file on a disk that has room for half of what is written."""
+
+    def write(self, content):
+        super().write(bytes(content)[:len(content) // 2])
+        full_disk()
+
+
+def open_on_a_full_disk(path, mode="r", *rest, open=open, **named):
+    new = str(path).endswith(".part")
+    return FullDisk(path, "w") if new else open(path, mode, *rest, **named)
+
+
+@pytest.mark.parametrize("where", [("builtins.open", open_on_a_full_disk), ("os.replace", full_disk)],
+                         ids=["while writing", "renaming"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_full_disk(tmp_path, rounds, monkeypatch, script, where):
     """The files are as before, nothing half written lies beside them, and the disk is named."""
@@ -283,39 +297,45 @@ def test_a_full_disk(tmp_path, rounds, monkeypatch, script, where):
     before = contents(run)
     options = {"01_sample.py": SMALL, "06_eval.py": ["--manifest", TEST, "--num-prompts", 1, "--passes", 1,
                                                      "--max-new-tokens", 2]}.get(script, [])
-    monkeypatch.setattr(*where, full_disk)
+    monkeypatch.setattr(*where)
     sentence = refusal(script, "--run", run, *options)
     assert "No space left" in sentence and str(run) in sentence
     monkeypatch.undo()
     assert contents(run) == before and not list(run.rglob("*.part"))
 
 
-def test_a_disk_that_fills_up_halfway(tmp_path, monkeypatch):
+LIMITED = """
+import resource, signal, sys, torch
+from importlib import import_module
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+import_module("01_sample").save_tensors(sys.argv[1], [torch.zeros(size) for size in (9, 90_000, 9)])
+"""
+
+
+@pytest.mark.parametrize("limit", [10, 900, 4_000, 200_000, 361_000])
+def test_a_disk_that_fills_up_halfway(tmp_path, limit):
+    """No file may grow beyond the limit; torch's archive is cut in its beginning, middle or end."""
     path = tmp_path / "a.pt"
-    sampling.write_file(path, b"old")
-
-    def half(self, content):
-        with open(self, "wb") as file:
-            file.write(bytes(content)[:2])
-        full_disk()
-
-    monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(sampling.BadInput, match="a.pt"):
-        sampling.write_file(path, b"new and longer")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    sampling.save_text(path, "old")
+    done = subprocess.run([sys.executable, "-c", LIMITED, path, str(limit)], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1  # an exception, not the signal of an abort
+    assert done.stderr.splitlines()[-1].endswith(f"BadInput: cannot write {path}: File too large")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
     """Killed at the rename: the new content lies beside, complete, and the old file is untouched."""
-    path, seen, replace = tmp_path / "a.pt", [], os.replace
-    sampling.write_file(path, b"old")
+    path, seen, replace = tmp_path / "a.txt", [], os.replace
+    sampling.save_text(path, "old")
 
     def spied(source, target):
         seen.append((Path(source).read_bytes(), Path(target).read_bytes()))
         return replace(source, target)
 
     monkeypatch.setattr(os, "replace", spied)
-    sampling.write_file(path, b"new")
+    sampling.save_text(path, "new")
     assert seen == [(b"new", b"old")] and path.read_bytes() == b"new"
 
 
@@ -417,13 +437,14 @@ def test_a_reader_who_has_read_enough(rounds, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_stopping_with_control_c(tmp_path, rounds, monkeypatch, script):
-    def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
+    def stopped(path, *rest, open=open, **named):
+        if str(path).endswith(".part"):
+            raise KeyboardInterrupt
+        return open(path, *rest, **named)
 
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     before = contents(run)
-    monkeypatch.setattr(torch, "save", stopped)
-    monkeypatch.setattr(Path, "write_bytes", stopped)
+    monkeypatch.setattr("builtins.open", stopped)
     options = {"01_sample.py": SMALL, "06_eval.py": ["--manifest", TEST, "--num-prompts", 1, "--passes", 1,
                                                      "--max-new-tokens", 2]}.get(script, [])
     assert "stopped" in refusal(script, "--run", run, *options)

@@ -236,7 +236,7 @@ def test_the_scores_are_those_of_either_models_answers(tmp_path, rounds):
     does not."""
     def load_and_ask(adapter, K, temperature, seed=5):
         model, processor = sampling.load_model(str(MODEL), adapter)
-        embeds = sampling.embed_examples(model, processor, examples, "", False)
+        embeds = list(sampling.embed_examples(model, processor, examples, "", False))
         torch.manual_seed(seed)
         sampled = sampling.sample_all(model, embeds, 32, K, 24, temperature, 0.9)
         return [processor.tokenizer.batch_decode([r[k, :n[k]] for r, n in sampled], skip_special_tokens=True)

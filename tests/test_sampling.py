@@ -46,7 +46,7 @@ def test_embeddings_are_those_of_the_models_own_forward(demo, examples, heard):
 
 
 def test_embeddings_do_not_depend_on_what_was_heard_before(demo, examples, heard):
-    again = sampling.embed_examples(*demo, examples[::-1], "", False)[::-1]
+    again = list(sampling.embed_examples(*demo, examples[::-1], "", False))[::-1]
     assert all(torch.equal(a, b) for a, b in zip(again, heard))
     assert all(e.dtype == torch.float32 and not e.requires_grad for e in again)
 
@@ -223,6 +223,13 @@ def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer(demo):
     listed = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
     listed = listed if isinstance(listed, list) else [listed]
     assert set(model.generation_config.eos_token_id) == {*listed, processor.tokenizer.eos_token_id}
+
+
+def test_embeddings_wait_on_the_disk_and_leave_nothing_there(tmp_path, heard):
+    for embeds in (heard[0], heard[1].bfloat16()):
+        waiting = sampling.to_disk(embeds, tmp_path / "run")
+        assert waiting.dtype == embeds.dtype and torch.equal(waiting, embeds)
+    assert not list((tmp_path / "run").iterdir())
 
 
 # Text, and the order of the prompts.
