@@ -228,13 +228,13 @@ def load_model(model, adapter=None, device="cpu", hear=True):
     if not Path(model).is_dir() and model.count("/") != 1:  # no folder, and no hub name either
         raise BadInput(f"there is no model folder {model}")
     try:
-        processor = transformers.AutoProcessor.from_pretrained(model) if hear else None
         auto = transformers.AutoModelForMultimodalLM
-        with torch.device("meta"):  # its size, before anything is loaded or downloaded
+        with torch.device("meta"):  # its size, before anything large is loaded or downloaded
             size = auto.from_config(transformers.AutoConfig.from_pretrained(model)).num_parameters()
         if on_cpu and 4 * size > machine_memory():
             raise MemoryError(f"{size / 1e9:.1f} billion parameters need {4 * size / 1e9:.0f} GB "
                               "on a CPU, more than there is: take a GPU, --device cuda")
+        processor = transformers.AutoProcessor.from_pretrained(model) if hear else None
         lm = auto.from_pretrained(model, dtype=torch.float32 if on_cpu else torch.bfloat16,
                                   attn_implementation="sdpa")
     except Exception as error:  # each library has kinds of its own for files that are not whole

@@ -337,7 +337,7 @@ def test_a_gated_model_is_named_with_what_to_do(monkeypatch):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at ...")
 
     import transformers
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", gated)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
     with pytest.raises(sampling.BadInput, match="some/model.*gated repo.*hf auth login"):
         sampling.load_model("some/model")
 
