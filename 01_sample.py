@@ -425,15 +425,19 @@ def limited(kind, low, high=10**9):
         return kind(text)
     return number
 
-def stage_parser(doc, prompts_per_batch=None):
-    """An argument parser with the options that stages share; None is for those without a model."""
+def stage_parser(doc, on_cpu=None, on_gpu=None):
+    """An argument parser with the options that stages share.
+
+    on_cpu, on_gpu: prompts in one pass, more on a GPU, which small passes leave waiting for the
+    CPU; None is for the stages without a model.
+    """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--run", default="runs/demo", help="folder of this run")
-    if prompts_per_batch:
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        parser.add_argument("--device", default=default, help="cpu or cuda")
-        parser.add_argument("--prompts-per-batch", type=limited(int, 1), default=prompts_per_batch,
+    if on_cpu:
+        device, size = ("cuda", on_gpu) if torch.cuda.is_available() else ("cpu", on_cpu)
+        parser.add_argument("--device", default=device, help="cpu or cuda")
+        parser.add_argument("--prompts-per-batch", type=limited(int, 1), default=size,
                             help="prompts in one pass; fewer take less memory")
     return parser
 
@@ -444,7 +448,7 @@ def parse_as_before(parser, names, before=read_state):
     return parser.parse_args()
 
 def parse_args():
-    parser = stage_parser(__doc__, prompts_per_batch=16)
+    parser = stage_parser(__doc__, on_cpu=16, on_gpu=32)
     add = parser.add_argument
     add("--manifest", default="tests/demo/train.jsonl", help="JSON lines: audio, prompt, reference")
     add("--model", default="tests/demo/model", help="folder or hub name of a speech LLM")

@@ -109,7 +109,7 @@ def score_responses(model, prompts):
             for logp, (*_, node), prompt in zip(logps, tries, prompts)]
 
 def parse_args():
-    return sampling.stage_parser(__doc__, prompts_per_batch=2).parse_args()
+    return sampling.stage_parser(__doc__, on_cpu=2, on_gpu=4).parse_args()
 
 @torch.inference_mode()
 def main(args):

@@ -14,10 +14,12 @@ Run     python 05_train.py                                       demo, 2 cores: 
 Differs from the paper: the learning rate is constant, unless --total-steps says how long training
 will be; then 5% warm-up and a cosine to 10%, as in the paper.
 """
+import argparse
 import json
 import math
 import shutil
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -25,6 +27,7 @@ sampling = import_module("01_sample")
 scoring = import_module("02_surprisal")
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 def reference_kl(logp, logp_ref):
@@ -70,6 +73,12 @@ def ready_to_train(model):
             part.cast_input_dtype_enabled = False  # such a copy; autocast (02) needs none
     return model
 
+def checkpoint_layers(model):
+    """Gradient checkpointing: a layer keeps its input alone, and computes the rest once more when
+    the gradient comes to it."""
+    for layer in model.get_decoder().layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
 def load_policy(meta, adapter, args):
     """The model with the LoRA to train: RUN/adapter, or in round 1 a new one."""
     model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
@@ -82,6 +91,8 @@ def load_policy(meta, adapter, args):
                                     "give the --lora options it was made with")
     else:
         model = add_lora(model, *asked)
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
     return ready_to_train(model)
 
 def save_adapter(run, model, optimizer, state):
@@ -116,7 +127,7 @@ def print_table(rows):
         print("".join(f"{value:>{max(9, len(name) + 2)}}" for name, value in row.items()))
 
 def parse_args():
-    parser = sampling.stage_parser(__doc__, prompts_per_batch=2)
+    parser = sampling.stage_parser(__doc__, on_cpu=2, on_gpu=4)
     add, count, size = parser.add_argument, sampling.limited(int, 1), sampling.limited(float, 0)
     add("--method", default="leaf", choices=["leaf", "grpo"], help="whose advantages to train on")
     add("--prompts-per-step", type=count, default=4, help="prompts per optimizer step")
@@ -129,6 +140,8 @@ def parse_args():
     add("--clip-eps", type=size, default=0.2, help="the ratio is clipped to 1 -+ this")
     add("--kl-weight", type=size, default=0.02, help="weight of the KL to the reference")
     add("--max-grad-norm", type=size, default=1.0, help="longest gradient; 0: any")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(), help="less memory, a third more to compute")
     return sampling.parse_as_before(parser, ["method"])
 
 def main(args):

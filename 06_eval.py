@@ -64,7 +64,7 @@ def run_settings(run):
     return sampling.load_stage(run, "rollouts")["meta"] if untrained else state
 
 def parse_args():
-    parser = sampling.stage_parser(__doc__, prompts_per_batch=32)
+    parser = sampling.stage_parser(__doc__, on_cpu=32, on_gpu=32)
     add, count, limited = parser.add_argument, sampling.limited(int, 1), sampling.limited
     add("--manifest", default="tests/demo/test.jsonl", help="JSON lines: audio, prompt, reference")
     add("--num-prompts", type=count, help="only the first so many")

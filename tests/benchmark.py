@@ -3,12 +3,14 @@
 sampling   usual: generate() for each prompt, its inputs repeated K times. ours: each clip encoded
            once, each prompt prefilled once, many prompts decoded together, K responses in a row.
 scoring    usual: one padded row per response, prompt included. ours: one trie per prompt.
-training   the same two, forward and backward through the LoRA. usual: a second copy of the
-           language model as reference lies beside. ours: the reference is the LoRA switched off.
+training   the same two, forward and backward through the LoRA, and AdamW's steps. usual: a second copy
+           of the language model as reference lies beside. ours: the reference is the LoRA switched
+           off, and layers are checkpointed where 05 does so by default.
 
-Both ways take turns, a few prompts each, so that a noisy machine disturbs them alike; the responses
-scored and trained on are the same. A token is a token of a response, counted K times when shared.
-Memory is the peak of the GPU's, or of the resident process on a CPU (Linux).
+Ours takes as many prompts in a pass as the stages do by default. Both ways take turns, a few prompts
+each, so that a noisy machine disturbs them alike; the responses scored and trained on are the same. A
+token is a token of a response, counted K times when shared. Memory is the peak of the GPU's, or of the
+resident process on a CPU (Linux).
 
 --config takes a published model at full size on a GPU and shrunk on a CPU (widths, layers and
 vocabulary divided by --shrink), with random weights, which is all that time and memory depend on.
@@ -91,8 +93,9 @@ def generate_each(model, processor, examples, args):
 
 def sample_shared(model, processor, examples, args):
     """Our sampling, listening included."""
-    embeds = sampling.embed_examples(model, processor, examples, "", False)
-    sampled = sampling.sample_all(model, embeds, 16, args.num_responses, args.max_new_tokens, 1.0, 0.9)
+    embeds = list(sampling.embed_examples(model, processor, examples, "", False))
+    sampled = sampling.sample_all(model, embeds, len(examples), args.num_responses, args.max_new_tokens,
+                                  1.0, 0.9)
     return sum(lengths.sum().item() for _, lengths in sampled)
 
 
@@ -113,7 +116,7 @@ def padded_logps(model, prompts):
                                                  reduction="none").cpu()
 
 
-def trie_logps(model, prompts, prompts_per_batch=2):
+def trie_logps(model, prompts, prompts_per_batch):
     """Our scoring: (K, T) per prompt, as 02 and 05 do it."""
     for batch in sampling.chunks(prompts, prompts_per_batch):
         yield from scoring.score_responses(model, batch)
@@ -126,15 +129,34 @@ def score(logps, model, prompts):
     return sum(prompt["lengths"].sum().item() for prompt in prompts)
 
 
-def train(logps, model, prompts, prompts_per_batch):
-    for batch in sampling.chunks(prompts, prompts_per_batch):
-        losses = []
-        for logp, prompt in zip(logps(model, batch), batch):
-            now, mask = logp.detach(), scoring.response_mask(prompt)
-            losses.append(training.policy_loss(logp, now, now, torch.ones_like(now), mask, 0.2, 0.02))
-        sum(losses).backward()
-        model.zero_grad()
+def train(logps, model, optimizer, prompts, prompts_per_batch, prompts_per_step):
+    for batch in sampling.chunks(prompts, prompts_per_step):
+        for part in sampling.chunks(batch, prompts_per_batch):
+            losses = []
+            for logp, prompt in zip(logps(model, part), part):
+                now, mask = logp.detach(), scoring.response_mask(prompt)
+                losses.append(training.policy_loss(logp, now, now, torch.ones_like(now), mask, 0.2, 0.02))
+            sum(losses).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return sum(prompt["lengths"].sum().item() for prompt in prompts)
+
+
+def train_shared(model, optimizer, prompts, options):
+    """Our training, with 05's options."""
+    if options.gradient_checkpointing:
+        training.checkpoint_layers(model)
+    tries = functools.partial(trie_logps, prompts_per_batch=options.prompts_per_batch)
+    tokens = train(tries, model, optimizer, prompts, options.prompts_per_batch, options.prompts_per_step)
+    for layer in model.get_decoder().layers:
+        vars(layer).pop("forward", None)  # as it was, for the usual way's turn
+    return tokens
+
+
+def options_of(stage, run):
+    """A stage's options as they are by default on this machine."""
+    sys.argv = [stage.__name__, "--run", run]
+    return stage.parse_args()
 
 
 def take_turns(name, usual, ours, items, per_turn=8, beside=None):
@@ -217,7 +239,6 @@ def main():
     parser.add_argument("--manifest", default="tests/demo/train.jsonl", help="JSON lines")
     parser.add_argument("--num-prompts", type=int, default=64, help="prompts")
     parser.add_argument("--num-responses", type=int, default=8, help="K")
-    parser.add_argument("--prompts-per-batch", type=int, default=2, help="tries in one pass")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest response")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,18 +253,22 @@ def main():
             model, processor = sampling.load_model(name, None, device)
         describe(name, device, model, prompts, args.num_responses)
         take_turns("sampling", lambda some: generate_each(model, processor, some, args),
-                   lambda some: sample_shared(model, processor, some, args), prompts, per_turn=16)
+                   lambda some: sample_shared(model, processor, some, args), prompts,
+                   per_turn=options_of(sampling, run).prompts_per_batch)
 
         model.cpu()  # from here on the language model alone is needed
         for part in (model.get_decoder(), model.get_output_embeddings()):
             part.to(device)
-        tries = functools.partial(trie_logps, prompts_per_batch=args.prompts_per_batch)
+        options = options_of(training, run)
+        tries = functools.partial(trie_logps, prompts_per_batch=options.prompts_per_batch)
         take_turns("scoring", lambda some: score(padded_logps, model, some),
                    lambda some: score(tries, model, some), prompts)
         rank, alpha, dropout = (64, 128, 0.05) if args.config else (16, 32, 0.0)
         model = training.ready_to_train(training.add_lora(model, rank, alpha, dropout))
-        take_turns("training", lambda some: train(padded_logps, model, some, 1),
-                   lambda some: train(tries, model, some, args.prompts_per_batch), prompts,
+        optimizer = torch.optim.AdamW((w for w in model.parameters() if w.requires_grad), lr=0.0)
+        take_turns("training",
+                   lambda some: train(padded_logps, model, optimizer, some, 1, options.prompts_per_step),
+                   lambda some: train_shared(model, optimizer, some, options), prompts,
                    beside=lambda: copy.deepcopy(model.get_base_model().get_decoder()))
         if not args.config:
             seconds_of("02_surprisal.py", "--run", run)

@@ -5,15 +5,19 @@ and tokenizers cannot be fetched here, so prompts are tokenized by the demo's to
 feature extractor is torchaudio's, which is no requirement: where it is missing, MelSpectrogram
 below stands in.
 
-Run     python tests/families.py              parameters and bytes of each, half a minute, 3 GB
+Run     python tests/families.py              parameters and memory of each, a minute
 """
 import importlib.util
 import sys
+import weakref
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig,
                           GraniteSpeechConfig, Qwen2AudioConfig, Qwen2AudioProcessor,
                           WhisperFeatureExtractor)
@@ -121,50 +125,80 @@ def family_processor(config, tokenizer):
     return Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), tokenizer)
 
 
-def kept_for_gradient(config, layers, positions):
-    """Bytes that 05 keeps for the backward pass of one prompt: a language model of full width and so
-    many layers, bfloat16, LoRA of rank 64 with dropout."""
-    text = config.get_text_config().to_dict() | {"num_hidden_layers": layers, "vocab_size": 512,
-                                                 "layer_types": None}
-    text = type(config.get_text_config())(**text)
-    model = AutoModelForCausalLM.from_config(text, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model = training.ready_to_train(training.add_lora(model.requires_grad_(False).eval(), 64, 128, 0.05))
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept = {}
+class LiveMemory(TorchDispatchMode):
+    """Bytes of all tensors that are alive, now and at most, in blocks of 512 as a GPU hands them out."""
 
-    def keep(tensor):
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in weights:
-            kept[memory.data_ptr()] = memory.nbytes()
-        return tensor
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
 
-    depths = torch.arange(1)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        scored = scoring.trie_logps(model, torch.randn(positions - 1, text.hidden_size), depths,
-                                    depths - 1, depths)
-    assert scored.requires_grad
-    return sum(kept.values())
+    def count(self, tensors):
+        for memory in (tensor.untyped_storage() for tensor in tensors):
+            if memory not in self.known:
+                blocks = memory.nbytes() + -memory.nbytes() % 512
+                self.known.add(memory)
+                self.now += blocks
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(memory, self.free, blocks)
+
+    def free(self, blocks):
+        self.now -= blocks
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.count(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+def memory_of_training(config, gradient_checkpointing, prompts_per_batch=4):
+    """Bytes that 05 takes at most on a GPU, and bytes of the LoRA with its gradient and
+    AdamW's moments. The tensors are fake: they have sizes, but no numbers.
+
+    Prompts with a clip of 12.5 s and 8 answers of 35 tokens, the first 23 of which all share.
+    """
+    P = {"granite_speech": 190, "qwen2_audio": 380}[config.model_type]
+    responses = torch.arange(35).repeat(8, 1)
+    responses[:, 23:] += torch.arange(8)[:, None]
+    tries = [scoring.build_trie(responses, torch.full((8,), 35))[:3]] * prompts_per_batch
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.bfloat16,
+                                                 attn_implementation="sdpa").eval()
+    model = training.add_lora(model.requires_grad_(False), 64, 128, 0.05)
+    if gradient_checkpointing:
+        training.checkpoint_layers(model)
+    memory = LiveMemory()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        training.ready_to_train(model).to_empty(device="cpu").get_base_model().tie_weights()
+        memory.count([*model.parameters(), *model.buffers()])
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights)
+        embeds = torch.empty(prompts_per_batch, P, config.get_text_config().hidden_size)
+        with memory:
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight)
+            optimizer.step()  # a first one, from which the moments stay
+            optimizer.zero_grad()
+            sum(logps.mean() for logps in scoring.batch_logps(model, list(embeds), tries)).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+    return memory.peak, 16 * sum(weight.numel() for weight in weights)
 
 
 def print_sizes():
-    """Of the whole model, and of what 02 and 05 put on the GPU, in bfloat16; the LoRA, its gradient
-    and AdamW's two moments, in float32; and what 05 keeps for each position of a pass: a position is
-    a token of a prompt or of its trie, and all layers are alike."""
+    """What README says of each model's memory, in bfloat16: all of it (01, 06); the language model and
+    its head (02, 05); the LoRA, its gradient and AdamW's two moments, in float32; 05 at its most, with
+    gradient checkpointing and without."""
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "demo" / "model")
-    print(f"{'':24}{'parameters':>12}{'all':>10}{'02, 05':>10}{'LoRA':>10}{'a position':>13}")
+    print(f"{'':24}{'parameters':>12}{'all':>10}{'02, 05':>10}{'LoRA':>10}{'peak of 05':>13}{'without':>10}")
     for name in PUBLISHED:
         config = published_config(name, tokenizer)
         model = random_model(config, tokenizer, "meta", torch.bfloat16)
-        whole = model.num_parameters()
         part = sum(weight.numel() for weight in {*model.get_decoder().parameters(),
                                                  *model.get_output_embeddings().parameters()})
-        lora = sum(weight.numel() for weight_name, weight in
-                   training.add_lora(model, 64, 128, 0.05).named_parameters() if "lora_" in weight_name)
-        (a, b), (c, d) = ([kept_for_gradient(config, layers, positions) for positions in (64, 128)]
-                          for layers in (1, 2))
-        position = config.get_text_config().num_hidden_layers * (d - c - (b - a)) / 64
-        print(f"{name:24}{whole / 1e9:10.1f} B{2 * whole / 1e9:7.1f} GB{2 * part / 1e9:7.1f} GB"
-              f"{16 * lora / 1e9:7.1f} GB{position / 1e6:10.1f} MB")
+        (peak, lora), (without, _) = (memory_of_training(config, on) for on in (True, False))
+        sizes = 2 * model.num_parameters(), 2 * part, lora, peak, without
+        print(f"{name:24}{model.num_parameters() / 1e9:10.1f} B",
+              *(f"{size / 1e9:{width}.1f} GB" for size, width in zip(sizes, (6, 6, 6, 9, 6))), sep="")
 
 
 if __name__ == "__main__":

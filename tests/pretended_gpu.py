@@ -131,7 +131,7 @@ def main(model, run):
     for name, options in 2 * [
             ("01_sample", ["--num-responses", 4, "--manifest", train, *asked, "--device", DEVICE]),
             ("02_surprisal", ["--device", DEVICE]), ("03_tree", []), ("04_advantage", []),
-            ("05_train", ["--device", DEVICE]),
+            ("05_train", ["--device", DEVICE, "--gradient-checkpointing"]),
             ("06_eval", ["--passes", 1, "--manifest", test, *asked, "--device", DEVICE])]:
         stage, sys.argv = import_module(name), [name, "--run", run, *map(str, options)]
         with PretendedGpu():

@@ -16,8 +16,8 @@ import pytest
 import soundfile
 import torch
 from conftest import TEST, TRAIN, call, load, parsed, refusal, sampled_round, shell
-from families import (MelSpectrogram, family_processor, features, published_config, random_model,
-                      stand_in_for_torchaudio)
+from families import (MelSpectrogram, family_processor, features, memory_of_training, published_config,
+                      random_model, stand_in_for_torchaudio)
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils import backend_registration
@@ -321,6 +321,17 @@ def test_a_clip_beyond_30_seconds_is_refused_by_name(tmp_path, folders):
                        "--model", folders["qwen2-audio-7b"])
     assert "31.wav" in sentence and "31.00 s" in sentence and "30 s" in sentence
     assert not (tmp_path / "run" / "rollouts.pt").exists()
+
+
+# At full size.
+
+@pytest.mark.parametrize("name, limit", [
+    ("granite-speech-3.3-2b", 12), ("granite-speech-3.3-8b", 32), ("qwen2-audio-7b", 28)])
+def test_training_takes_little_memory(demo, name, limit):
+    """The sum of all tensors that are alive at once; without checkpoints, the 2B model takes more."""
+    config = published_config(name, demo[1].tokenizer)
+    assert memory_of_training(config, True)[0] < limit * 1e9
+    assert "2b" not in name or memory_of_training(config, False)[0] > limit * 1e9
 
 
 # Models that this machine cannot take.

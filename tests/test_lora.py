@@ -138,6 +138,27 @@ def test_in_bfloat16_the_lora_learns_in_float32_and_keeps_no_copy_of_its_inputs(
         assert (gradients[1][name] - wanted).norm() < 0.1 * wanted.norm(), name
 
 
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(heard):
+    """Dropout draws the same again when a layer is computed once more."""
+    responses, lengths = padded([[5, 6, 7], [5, 6, 8], [9, 2, 0]])
+    prompt, gradients, kept = {"embeds": heard[0], "responses": responses, "lengths": lengths}, [], []
+    for option in ("--no-gradient-checkpointing", "--gradient-checkpointing"):
+        torch.manual_seed(0)
+        policy, sizes = policy_of("--lora-dropout", 0.25, option), {}
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t,
+                lambda t: t):
+            [logp] = scoring.score_responses(policy, [prompt])
+        logp.sum().backward()
+        gradients.append([weight.grad for weight in policy.parameters() if weight.requires_grad])
+        kept.append(sum(sizes.values()))
+    assert kept[1] < kept[0] / 4
+    assert all(gradient.any() and torch.equal(gradient, again) for gradient, again in zip(*gradients))
+
+
 def test_a_step_raises_what_earned_credit(rounds):
     """The new policy on the rollouts it learned from: log-probability went where the credit was."""
     policy, gain = policy_of(adapter=rounds.trained / "adapter"), 0.0

@@ -138,12 +138,14 @@ def step_of(tmp_path, rounds, monkeypatch):
     return run_05
 
 
-@pytest.mark.parametrize("method, per_batch", [("leaf", 1), ("leaf", 2), ("grpo", 2)])
-def test_a_step_follows_the_loss_of_all_its_prompts(rounds, step_of, method, per_batch):
+@pytest.mark.parametrize("method, per_batch, checkpoints", [
+    ("leaf", 1, "--no-gradient-checkpointing"), ("leaf", 2, "--gradient-checkpointing"),
+    ("grpo", 2, "--no-gradient-checkpointing")])
+def test_a_step_follows_the_loss_of_all_its_prompts(rounds, step_of, method, per_batch, checkpoints):
     """Every response's mean over all of its tokens, every prompt's mean over its responses, the mean
     of the prompts; the ratio is 1, so that nothing is clipped; reference and policy differ."""
     found, _ = step_of("--method", method, "--kl-weight", 0.5, "--max-grad-norm", 1e9,
-                       "--prompts-per-batch", per_batch)
+                       "--prompts-per-batch", per_batch, checkpoints)
     policy = training.load_policy({"model": str(MODEL)}, rounds.ready / "adapter", parsed("05_train.py"))
     stages = [load(rounds.ready, name)["prompts"] for name in ("rollouts", "surprisal", "advantages")]
     for prompt, score, earned in zip(*stages):

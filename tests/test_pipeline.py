@@ -378,12 +378,21 @@ def test_the_learning_rate_reaches_the_optimizer(tmp_path, rounds, monkeypatch, 
     dict(fork_budget=2),
     dict(advantage_terms="both"),
     dict(method="leaf", prompts_per_step=4, prompts_per_batch=2, learning_rate=5e-4, total_steps=0,
-         lora_rank=16, lora_alpha=32, lora_dropout=0.0, clip_eps=0.2, kl_weight=0.02, max_grad_norm=1.0),
+         lora_rank=16, lora_alpha=32, lora_dropout=0.0, clip_eps=0.2, kl_weight=0.02, max_grad_norm=1.0,
+         gradient_checkpointing=False),
     dict(passes=5, temperature=0.9, top_p=0.9, max_new_tokens=200, prompts_per_batch=32)))))
 def test_defaults_are_those_of_the_paper_and_the_readme(script, wanted):
     found = vars(parsed(script))
     assert found["run"] == "runs/demo" and {name: found[name] for name in wanted} == wanted
     assert ("device" in found) == ("prompts_per_batch" in found) == (script[:2] not in ("03", "04"))
+
+
+def test_defaults_on_a_gpu(monkeypatch):
+    """It takes more prompts in a pass than a CPU, and keeps less of each."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = [parsed(script) for script in SCRIPTS if script[:2] not in ("03", "04")]
+    assert [options.prompts_per_batch for options in found] == [32, 4, 4, 32]
+    assert all(options.device == "cuda" for options in found) and found[2].gradient_checkpointing
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
