@@ -325,15 +325,24 @@ def to_disk(tensor, folder):
 # Sampling.
 
 def choose_tokens(logits, temperature, top_p):
-    """A token per row of logits (R, V), from the top-p nucleus; at temperature 0 the likeliest."""
+    """A token per row of logits (R, V), from the top-p nucleus; at temperature 0 the likeliest.
+
+    Sorting a vocabulary is slow, so tokens are drawn from all of it, and drawn again if they lie
+    outside of the nucleus: if the tokens likelier than them have a share of top_p without them.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    sums = probs.cumsum(dim=-1)
-    size = (sums - probs < top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # of the nucleus, (R, 1)
-    drawn = torch.rand_like(sums[:, :1]) * sums.gather(1, size - 1)
-    place = torch.searchsorted(sums, drawn, right=True)  # the first with a sum above what is drawn
-    return order.gather(1, place.minimum(size - 1)).squeeze(1)
+    probs = (logits / temperature).softmax(dim=-1)
+    sums, tokens = probs.cumsum(dim=-1), torch.zeros_like(probs[:, 0], dtype=torch.int64)
+    rows = torch.arange(len(probs), device=probs.device)  # those that still need a token
+    while len(rows):
+        drawn = torch.rand_like(sums[:, :1]) * sums[:, -1:]
+        place = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+        likelier = probs.where(probs > probs.gather(1, place), 0.0).sum(dim=1)
+        tokens[rows] = place.squeeze(1)
+        again = (likelier >= top_p) & (likelier > 0)  # the likeliest stays, whatever top_p is
+        rows, probs, sums = rows[again], probs[again], sums[again]
+    return tokens
 
 @torch.inference_mode()
 def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):

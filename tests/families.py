@@ -54,6 +54,7 @@ PUBLISHED = {  # text, audio encoder, projector, whether the logits' matrix is t
              num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-5),
         dict(model_type="qwen2_audio_encoder", num_mel_bins=128, d_model=1280, encoder_layers=32,
              encoder_attention_heads=20, encoder_ffn_dim=5120, max_source_positions=1500), None, False)}
+POSITIONS = {"granite_speech": 190, "qwen2_audio": 380}  # of a prompt with a clip of 12.5 s
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "num_layers", "hidden_dim", "num_heads", "encoder_hidden_size",
          "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
@@ -156,7 +157,7 @@ def memory_of_training(config, gradient_checkpointing, prompts_per_batch=4):
 
     Prompts with a clip of 12.5 s and 8 answers of 35 tokens, the first 23 of which all share.
     """
-    P = {"granite_speech": 190, "qwen2_audio": 380}[config.model_type]
+    P = POSITIONS[config.model_type]
     responses = torch.arange(35).repeat(8, 1)
     responses[:, 23:] += torch.arange(8)[:, None]
     tries = [scoring.build_trie(responses, torch.full((8,), 35))[:3]] * prompts_per_batch
@@ -184,21 +185,28 @@ def memory_of_training(config, gradient_checkpointing, prompts_per_batch=4):
     return memory.peak, 16 * sum(weight.numel() for weight in weights)
 
 
+def memory_of_cache(config, prompts=32, K=8, T=200):
+    """Bytes of keys and values in 01, all answers as long as they may be."""
+    text = config.get_text_config()
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    return prompts * (POSITIONS[config.model_type] + K * T) * text.num_hidden_layers * 2 * width * 2
+
+
 def print_sizes():
-    """What README says of each model's memory, in bfloat16: all of it (01, 06); the language model and
-    its head (02, 05); the LoRA, its gradient and AdamW's two moments, in float32; 05 at its most, with
-    gradient checkpointing and without."""
+    """What README says of each model, in bfloat16: all its weights (01, 06); the cache of 01 at its
+    longest; the language model and its head (02, 05); the LoRA, its gradient and AdamW's two moments,
+    in float32; 05 at its most, with gradient checkpointing and without."""
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "demo" / "model")
-    print(f"{'':24}{'parameters':>12}{'all':>10}{'02, 05':>10}{'LoRA':>10}{'peak of 05':>13}{'without':>10}")
+    heads = "parameters", "weights", "cache of 01", "in 02, 05", "LoRA", "peak of 05", "without"
+    print(f"{'':24}", *(f"{head:>12}" for head in heads))
     for name in PUBLISHED:
         config = published_config(name, tokenizer)
         model = random_model(config, tokenizer, "meta", torch.bfloat16)
         part = sum(weight.numel() for weight in {*model.get_decoder().parameters(),
                                                  *model.get_output_embeddings().parameters()})
         (peak, lora), (without, _) = (memory_of_training(config, on) for on in (True, False))
-        sizes = 2 * model.num_parameters(), 2 * part, lora, peak, without
-        print(f"{name:24}{model.num_parameters() / 1e9:10.1f} B",
-              *(f"{size / 1e9:{width}.1f} GB" for size, width in zip(sizes, (6, 6, 6, 9, 6))), sep="")
+        sizes = 2 * model.num_parameters(), memory_of_cache(config), 2 * part, lora, peak, without
+        print(f"{name:24}{model.num_parameters() / 1e9:11.1f} B", *(f"{size / 1e9:9.1f} GB" for size in sizes))
 
 
 if __name__ == "__main__":

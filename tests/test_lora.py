@@ -138,7 +138,8 @@ def test_in_bfloat16_the_lora_learns_in_float32_and_keeps_no_copy_of_its_inputs(
         assert (gradients[1][name] - wanted).norm() < 0.1 * wanted.norm(), name
 
 
-def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(heard):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(heard, dtype):
     """Dropout draws the same again when a layer is computed once more."""
     responses, lengths = padded([[5, 6, 7], [5, 6, 8], [9, 2, 0]])
     prompt, gradients, kept = {"embeds": heard[0], "responses": responses, "lengths": lengths}, [], []
@@ -146,6 +147,7 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(heard):
         torch.manual_seed(0)
         policy, sizes = policy_of("--lora-dropout", 0.25, option), {}
         for name, weight in policy.named_parameters():
+            weight.data = weight.data if "lora_" in name else weight.data.to(dtype)
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.05)
         with torch.autograd.graph.saved_tensors_hooks(
