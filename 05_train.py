@@ -141,7 +141,7 @@ def parse_args():
     add("--kl-weight", type=size, default=0.02, help="weight of the KL to the reference")
     add("--max-grad-norm", type=size, default=1.0, help="longest gradient; 0: any")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-        default=torch.cuda.is_available(), help="less memory, a third more to compute")
+        default=torch.cuda.is_available(), help="less memory, half more to compute")
     return sampling.parse_as_before(parser, ["method"])
 
 def main(args):
