@@ -22,10 +22,11 @@ import random
 import sys
 import time
 import warnings
+from itertools import islice
 from pathlib import Path
 
-# subtle: not searching what is imported for garbage saves 0.5 s a stage; so the other stages import
-# this file before torch.
+# subtle: not searching what is imported for garbage saves a quarter of a second or more a stage; so
+# the other stages import this file before torch.
 gc.disable()
 import soundfile
 import torch
@@ -250,7 +251,10 @@ def load_model(model, adapter=None, device="cpu", hear=True):
     for part in [lm] if hear else [lm.get_decoder(), lm.get_output_embeddings()]:
         part.to(device)
     try:
-        lm = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True) if adapter else lm
+        if adapter:  # read on the CPU: PEFT would take the first GPU, whatever the device is
+            lm = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True, torch_device="cpu")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise BadInput(f"{adapter} is not whole, or no adapter of {model}: move it away to start "
                        "anew") from error
@@ -259,8 +263,9 @@ def load_model(model, adapter=None, device="cpu", hear=True):
 def logits_of(model, hidden):
     """The language model's last hidden states (..., D) -> float32 logits (..., V).
 
-    subtle: Granite divides its logits by logits_scaling (8), and its speech class in transformers
-    forgets to. Sampling from those is sampling at temperature 1/8, and greedy output hides it.
+    subtle: Granite divides its logits by logits_scaling (8, for the 8B model 16), and its speech
+    class in transformers forgets to. Sampling from those is sampling at temperature 1/8, and greedy
+    output hides it.
     """
     scale = getattr(model.config.get_text_config(), "logits_scaling", 1.0)
     return model.get_output_embeddings()(hidden).float() / scale
@@ -314,21 +319,22 @@ def embed_examples(model, processor, examples, system_prompt, raw):
         text = render_prompt(processor, example["prompt"], system_prompt, raw)
         yield embed_prompt(model, processor, wave, text)
 
-def to_disk(tensor, folder):
-    """The same tensor, from a file without a name: memory does not grow with their number."""
+def to_disk(tensors, folder):
+    """The same tensors, but in a file whose name is gone, and read when they are used: memory does
+    not grow with the number of prompts (on Windows, which keeps such files, it does)."""
     path = Path(folder) / "embeds.pt"
-    save_tensors(path, tensor)
-    tensor = torch.load(path, weights_only=True, mmap=os.name != "nt")
+    save_tensors(path, tensors)
+    tensors = torch.load(path, weights_only=True, mmap=os.name != "nt")
     path.unlink()
-    return tensor
+    return tensors
 
 # Sampling.
 
 def choose_tokens(logits, temperature, top_p):
     """A token per row of logits (R, V), from the top-p nucleus; at temperature 0 the likeliest.
 
-    Sorting a vocabulary is slow, so tokens are drawn from all of it, and drawn again if they lie
-    outside of the nucleus: if the tokens likelier than them have a share of top_p without them.
+    Sorting a vocabulary is slow, so a token is drawn from all of it, and drawn again if it lies
+    outside of the nucleus: if the tokens likelier than it already have a share of top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -447,8 +453,14 @@ def stage_parser(doc, on_cpu=None, on_gpu=None):
         device, size = ("cuda", on_gpu) if torch.cuda.is_available() else ("cpu", on_cpu)
         parser.add_argument("--device", default=device, help="cpu or cuda")
         parser.add_argument("--prompts-per-batch", type=limited(int, 1), default=size,
-                            help="prompts in one pass; fewer take less memory")
+                            help="prompts in one pass; fewer take less memory (in 01 and 06 other "
+                                 "numbers sample other responses)")
     return parser
+
+def check_model(state, model):
+    """Raises BadInput if the run's adapter was trained on another model."""
+    if os.path.realpath(model) != os.path.realpath(state.get("model", model)):
+        raise BadInput(f"{state['adapter']} is of --model {state['model']}, not {model}")
 
 def parse_as_before(parser, names, before=read_state):
     """The arguments; the default of `names` is what before(run) says of the run's last round."""
@@ -467,15 +479,15 @@ def parse_args():
     add("--temperature", type=limited(float, 0), default=1.0, help="of the sampling")
     add("--top-p", type=limited(float, 0.001, 1), default=0.9, help="nucleus of the sampling")
     add("--system-prompt", default="", help="fixes what a template fills with today's date")
-    add("--raw-prompt", action="store_true", help="leave the model's chat template out")
+    add("--raw-prompt", action=argparse.BooleanOptionalAction, default=False,
+        help="leave the model's chat template out")
     add("--seed", type=limited(int, 0), default=0, help="of the prompts' order and of the sampling")
     return parse_as_before(parser, ["manifest", "model", "system_prompt", "raw_prompt", "seed"])
 
 def main(args):
     # 1. The prompts of this round: the next slice of the shuffled manifest.
     manifest, state = read_manifest(args.manifest), read_state(args.run)
-    if os.path.realpath(args.model) != os.path.realpath(state.get("model", args.model)):
-        raise BadInput(f"{state['adapter']} is of --model {state['model']}, not {args.model}")
+    check_model(state, args.model)
     N, K = min(args.num_prompts, len(manifest)), args.num_responses
     examples = [manifest[n] for n in next_slice(len(manifest), state["seen"], N, args.seed)]
 
@@ -483,8 +495,10 @@ def main(args):
     model, processor = load_model(args.model, state["adapter"], args.device)
     print("The model is asked:", render_prompt(processor, examples[0]["prompt"], args.system_prompt,
                                                args.raw_prompt).strip(), sep="\n")
-    embeds = [to_disk(embed, args.run) for embed in embed_examples(
-        model, processor, examples, args.system_prompt, args.raw_prompt)]
+    embeds, heard = [], embed_examples(model, processor, examples, args.system_prompt,
+                                       args.raw_prompt)
+    while group := list(islice(heard, args.prompts_per_batch)):
+        embeds += to_disk(group, args.run)
 
     # 3. Answer, K times per prompt.
     torch.manual_seed(1000 * args.seed + state["round"])

@@ -1,7 +1,7 @@
 """Stage 2: how surprised was the model by each of its own tokens?
 
 Surprisal is -log pi_old(token | prompt, tokens before): near 0 where the model had no choice, high
-where it decided. Stage 3 looks for the forks there. Sampling cut the distribution at top-p 0.9;
+where it decided. Stage 3 looks for the forks there. Sampling took temperature 1.0 and top-p 0.9;
 surprisal is that of the full softmax at temperature 1 (step 1).
 
 The K responses share their prompt, most of it audio, and often their beginnings. Laid out as a
@@ -59,8 +59,8 @@ def trie_mask(parents, P):
     return mask
 
 def mixed_precision(weight):
-    """Autocast to bfloat16 where the model's weights are: our LoRA's stay float32, to learn in
-    small steps, but compute, and keep what the gradient needs, in half of the memory."""
+    """Autocast to bfloat16 if the model's weights are bfloat16. Our LoRA's stay float32, lest small
+    steps be rounded away, but compute in bfloat16, which halves what is kept for the gradient."""
     half = torch.bfloat16
     return torch.autocast(weight.device.type, half, enabled=weight.dtype == half)
 
@@ -74,7 +74,7 @@ def batch_logps(model, embeds, tries):
     embed, rows, positions = model.get_input_embeddings(), [], []
     device = embed.weight.device  # subtle: not model.device, the audio tower's, which stays behind
     L = max(len(heard) + len(tokens) for heard, (tokens, _, _) in zip(embeds, tries))
-    mask = torch.eye(L, dtype=torch.bool).repeat(len(embeds), 1, 1)  # padding sees itself, or: NaN
+    mask = torch.eye(L, dtype=torch.bool).repeat(len(embeds), 1, 1)  # padding sees itself: no NaN
     for heard, sees, (tokens, parents, depths) in zip(embeds, mask, tries):
         P, end = len(heard), len(heard) + len(tokens)
         rows.append(torch.cat([heard.to(device, embed.weight.dtype), embed(tokens.to(device))]))

@@ -102,20 +102,26 @@ def draw_tree(prompt, found, heading, columns, width=58):
         wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)  # they take two cells
         print(f"{text:{width - wide}}{columns(members, k, start)}".rstrip())
 
+def prompt_number(show, rollouts):
+    """--show, or BadInput if there is no such prompt."""
+    last = len(rollouts["prompts"]) - 1
+    if show > last:
+        raise sampling.BadInput(f"--show is {show}, but the last prompt is number {last}")
+    return show
+
 def parse_args():
     parser = sampling.stage_parser(__doc__)
     parser.add_argument("--fork-budget", type=sampling.limited(int, 0), default=2,
                         help="B, most boundaries per prompt")
-    parser.add_argument("--show", type=sampling.limited(int, 0), default=0, help="prompt to draw")
+    parser.add_argument("--show", type=sampling.limited(int, 0), default=0,
+                        help="number of the prompt to draw, from 0")
     return parser.parse_args()
 
 def main(args):
     # 1. The responses and their surprisal.
     rollouts = sampling.load_stage(args.run, "rollouts")
     surprisal = sampling.load_stage(args.run, "surprisal", rollouts)
-    B, show, last = args.fork_budget, args.show, len(rollouts["prompts"]) - 1
-    if show > last:
-        raise sampling.BadInput(f"--show is {show}, but the last prompt is number {last}")
+    B, show = args.fork_budget, prompt_number(args.show, rollouts)
 
     # 2. Boundaries and nodes of every prompt.
     prompts = []

@@ -86,7 +86,7 @@ def prompt_rewards(prompt):
 # Credit (steps 4 to 6).
 
 def mean_reward(rewards, members):
-    """V: the mean reward of the responses in `members`."""
+    """V (step 3): the mean reward of the responses in `members`."""
     return sum(float(rewards[i]) for i in members) / len(members)
 
 def span_advantages(boundaries, groups, lengths, rewards, terms="both"):
@@ -140,16 +140,15 @@ def parse_args():
     parser = sampling.stage_parser(__doc__)
     parser.add_argument("--advantage-terms", default="both", choices=["both", "global", "local"],
                         help="against the average (global), the own branch (local), or both")
-    parser.add_argument("--show", type=sampling.limited(int, 0), default=0, help="prompt to draw")
+    parser.add_argument("--show", type=sampling.limited(int, 0), default=0,
+                        help="number of the prompt to draw, from 0")
     return parser.parse_args()
 
 def main(args):
     # 1. The responses and their tree.
     rollouts = sampling.load_stage(args.run, "rollouts")
     tree = sampling.load_stage(args.run, "tree", rollouts)
-    last = len(rollouts["prompts"]) - 1
-    if args.show > last:
-        raise sampling.BadInput(f"--show is {args.show}, but the last prompt is number {last}")
+    show = forks.prompt_number(args.show, rollouts)
 
     # 2. Rewards, and the credit of every token.
     prompts = []
@@ -164,8 +163,8 @@ def main(args):
                 leaf[i, start:min(end, lengths[i])] = advantage
             grpo[i, :lengths[i]] = whole
         values = [mean_reward(rewards, members) for level in groups for members in level]
-        prompts.append({"rewards": torch.tensor(rewards), "node_value": torch.tensor(values),
-                        "leaf": leaf, "grpo": grpo,
+        prompts.append({"rewards": torch.tensor(rewards).float(),
+                        "node_value": torch.tensor(values), "leaf": leaf, "grpo": grpo,
                         "spans": [[list(span) for span in row] for row in spans]})
 
     # 3. Write.
@@ -177,8 +176,7 @@ def main(args):
     alike = sum(len(set(earned["rewards"].tolist())) == 1 for earned in prompts)
     print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n{alike} of "
           "them have responses that all scored alike: they carry no advantage in this round")
-    prompt, spans = rollouts["prompts"][args.show], prompts[args.show]["spans"]
-    rewards = prompt_rewards(prompt)
+    spans, rewards = prompts[show]["spans"], prompts[show]["rewards"].tolist()
     standard, whole = zscore(spans), grpo_advantages(rewards).tolist()
 
     def columns(members, k, start):
@@ -188,12 +186,13 @@ def main(args):
             text += f"{raw:9.3f}{leaf:9.3f}{sum(whole[i] for i in members):9.3f}"
         return text
 
-    forks.draw_tree(prompt, tree["prompts"][args.show],
+    forks.draw_tree(rollouts["prompts"][show], tree["prompts"][show],
                     "  n    value      raw     LEAF     GRPO", columns)
     print("""
 n responses share the span; value is their mean reward. raw, LEAF and GRPO are sums over these n,
 which is what the gradient of the shared tokens carries: LEAF's advantages before and after the
-z-score, and GRPO's, from the same rewards. (end): a repeated answer that was over at its fork.""")
+z-score, and GRPO's, from the same rewards. (end): answers that are the same to their last token
+have nothing left to credit.""")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args)

@@ -11,8 +11,9 @@ Writes  RUN/adapter/, a PEFT adapter with optimizer.pt and training.json; RUN/tr
 Run     python 05_train.py                                       demo, 2 cores: about 8 s
         python 05_train.py --method grpo --run runs/grpo         in a copy of the run's folder
 
-Differs from the paper: the learning rate is constant, unless --total-steps says how long training
-will be; then 5% warm-up and a cosine to 10%, as in the paper.
+Differs from the paper: LoRA and learning rate are, by default, those that suit the demo; the rate
+is constant, unless --total-steps says how long training will be; then 5% warm-up and a cosine to
+10%, as in the paper.
 """
 import argparse
 import json
@@ -29,6 +30,8 @@ scoring = import_module("02_surprisal")
 import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+LORA = "lora_rank", "lora_alpha", "lora_dropout"  # options that a run keeps, as it does its method
 
 def reference_kl(logp, logp_ref):
     """k3: an estimate, never negative, of KL(policy | reference) per token, in nats."""
@@ -82,7 +85,7 @@ def checkpoint_layers(model):
 def load_policy(meta, adapter, args):
     """The model with the LoRA to train: RUN/adapter, or in round 1 a new one."""
     model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
-    asked = args.lora_rank, args.lora_alpha, args.lora_dropout
+    asked = tuple(getattr(args, name) for name in LORA)
     if adapter:
         config = model.peft_config["default"]
         made = config.r, config.lora_alpha, config.lora_dropout
@@ -115,9 +118,10 @@ def save_adapter(run, model, optimizer, state):
 
 def append_csv(path, rows, redone=None):
     """Add rows (dicts with the same keys) to a CSV file, except those it holds already; its rows of
-    the round `redone` go, since that training was cut off before it was saved."""
-    head, *lines = path.read_text().splitlines() if path.exists() else [",".join(rows[0])]
-    lines = [head] + [line for line in lines if line.split(",")[0] != str(redone)]
+    the round `redone` and later go: that training was cut off, or its adapter moved away."""
+    written = path.read_text().splitlines() if path.exists() else []
+    lines = [",".join(rows[0])] + [line for line in written[1:]
+                                   if redone is None or int(line.split(",")[0]) < redone]
     lines += [line for row in rows if (line := ",".join(map(str, row.values()))) not in lines]
     sampling.save_text(path, "\n".join([*lines, ""]))
 
@@ -142,7 +146,7 @@ def parse_args():
     add("--max-grad-norm", type=size, default=1.0, help="longest gradient; 0: any")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
         default=torch.cuda.is_available(), help="less memory, half more to compute")
-    return sampling.parse_as_before(parser, ["method"])
+    return sampling.parse_as_before(parser, ["method", *LORA])
 
 def main(args):
     # 1. The files of this round; what all three say of a prompt in one dict.
@@ -161,11 +165,11 @@ def main(args):
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
     if adapter:
         try:
-            optimizer.load_state_dict(torch.load(adapter / "optimizer.pt", weights_only=True,
-                                                 map_location="cpu"))
+            moments = torch.load(adapter / "optimizer.pt", weights_only=True, map_location="cpu")
         except Exception as error:
             raise sampling.BadInput(f"{adapter}/optimizer.pt is not whole: move {adapter} away to "
                                     "start anew") from error
+        optimizer.load_state_dict(moments)
 
     # 3. One epoch: a few prompts a step, one trie a prompt.
     rows, batches = [], sampling.chunks(prompts, args.prompts_per_step)
@@ -206,7 +210,8 @@ def main(args):
     kept = ("round", "seen", "seed", "manifest", "model", "system_prompt", "raw_prompt")
     state = {name: meta[name] for name in kept if name in meta}
     append_csv(Path(args.run) / "train.csv", rows, redone=meta["round"])
-    state |= {"trained_on": meta["id"], "step": step, "method": args.method}
+    state |= {"trained_on": meta["id"], "step": step}
+    state |= {name: getattr(args, name) for name in ("method", *LORA)}
     save_adapter(args.run, model, optimizer, state)
 
     # 5. Show.

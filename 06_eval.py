@@ -5,11 +5,12 @@ and greedy, and scored by corpus BLEU, case-insensitive as in the paper. Sampled
 policy itself; greedy BLEU what a user gets who always takes the likeliest token.
 
 Reads   a test manifest, the model, RUN/adapter if there; before the first training RUN/rollouts.pt,
-        if there, for what the run is about
+        if there, for the run's model and prompt settings
 Writes  RUN/eval.csv, a row per model, BLEU and exact match (of greedy answers) in 0..100;
         RUN/predictions.jsonl: id, prompt, reference, prediction (greedy), for any other scorer
 Run     python 06_eval.py                                        demo, 2 cores: about 25 s
 """
+import argparse
 import json
 import statistics
 from contextlib import nullcontext
@@ -74,13 +75,14 @@ def parse_args():
     add("--top-p", type=limited(float, 0.001, 1), default=0.9, help="of the sampled passes")
     add("--model", default="tests/demo/model", help="folder or hub name")
     add("--system-prompt", default="", help="as in 01")
-    add("--raw-prompt", action="store_true", help="as in 01")
+    add("--raw-prompt", action=argparse.BooleanOptionalAction, default=False, help="as in 01")
     add("--seed", type=limited(int, 0), default=0, help="of the sampling")
     return sampling.parse_as_before(parser, ["model", "system_prompt", "raw_prompt"], run_settings)
 
 def main(args):
     # 1. The test prompts, and the model; both as the run has them.
     state, examples = sampling.read_state(args.run), sampling.read_manifest(args.manifest)
+    sampling.check_model(state, args.model)
     examples = examples[:args.num_prompts]
     references = [example["reference"] for example in examples]
     model, processor = sampling.load_model(args.model, state["adapter"], args.device)

@@ -111,6 +111,13 @@ def test_another_model_than_the_adapters(trained):
     assert load(trained, "rollouts")["meta"]["round"] == 2
 
 
+def test_another_model_than_the_adapters_is_not_evaluated(trained, tmp_path):
+    other = shutil.copytree(MODEL, tmp_path / "other")
+    before = contents(trained)
+    sentence = refusal("06_eval.py", "--run", trained, "--manifest", TEST, "--model", other)
+    assert str(MODEL) in sentence and str(other) in sentence and contents(trained) == before
+
+
 @pytest.mark.parametrize("script", ["02_surprisal.py", "05_train.py"])
 def test_rollouts_older_than_the_adapter(trained, script):
     before = contents(trained)
@@ -236,6 +243,24 @@ def test_the_loras_options_stay_those_of_the_first_round(tmp_path, rounds):
     rank = parsed("05_train.py").lora_rank
     sentence = refusal("05_train.py", "--run", run, "--lora-rank", rank + 1)
     assert str(rank) in sentence and str(rank + 1) in sentence and "--lora" in sentence
+
+
+def test_the_loras_options_need_be_given_once(sampled):
+    call("05_train.py", "--run", sampled, "--lora-rank", 3, "--lora-alpha", 5, "--lora-dropout", 0.125)
+    sampled_round(sampled)
+    call("05_train.py", "--run", sampled)
+    assert sampling.read_state(sampled)["round"] == 2
+    again = parsed("05_train.py", "--run", sampled)
+    assert (again.lora_rank, again.lora_alpha, again.lora_dropout) == (3, 5, 0.125)
+
+
+def test_a_gpu_that_is_full_is_no_broken_adapter(rounds, monkeypatch):
+    def full(*args, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    import peft
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
+    assert "fewer --prompts-per-batch" in refusal("05_train.py", "--run", rounds.ready)
 
 
 def test_a_recording_among_others_is_named(tmp_path):
@@ -387,6 +412,19 @@ def test_a_kill_between_train_csv_and_the_adapter(tmp_path, rounds, monkeypatch)
     after = (run / "train.csv").read_text()
     assert after.startswith(before) and len(after.splitlines()) == len(before.splitlines()) + 1
     assert "leaf" in after.splitlines()[-1]
+
+
+def test_a_training_that_starts_anew_leaves_no_rows_of_the_one_before(tmp_path, rounds):
+    run = shutil.copytree(rounds.again, tmp_path / "run")  # after two rounds
+    shutil.rmtree(run / "adapter")
+    sampled_round(run)
+    call("05_train.py", "--run", run)
+    assert (run / "train.csv").read_text().count("\n") == 2
+    for content in ("", "round,step\n"):  # a file that something else left there
+        (run / "train.csv").write_text(content)
+        shutil.rmtree(run / "adapter")
+        call("05_train.py", "--run", run)
+        assert (run / "train.csv").read_text().splitlines()[1].startswith("1,1,leaf,")
 
 
 def test_a_gradient_that_is_no_number_is_not_followed(tmp_path, rounds):

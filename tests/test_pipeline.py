@@ -159,6 +159,17 @@ def test_rewards_all_alike_are_said(handmade, capsys):
     assert "alike" in said and "1 of them" in said
 
 
+@pytest.mark.parametrize("rewards", [[1, 0, 1, 1], [True, False, False, False]])
+def test_rewards_may_be_whole_numbers(handmade, monkeypatch, rewards):
+    """A unit test's, say; they are asked for once a prompt, and the picture shows the saved ones."""
+    call("03_tree.py", "--run", handmade)
+    credit, asked = import_module("04_advantage"), []
+    monkeypatch.setattr(credit, "prompt_rewards", lambda prompt: (asked.append(prompt["id"]), rewards)[1])
+    credit.main(parsed("04_advantage.py", "--run", handmade))
+    assert load(handmade, "advantages")["prompts"][0]["rewards"].tolist() == [float(reward) for reward in rewards]
+    assert len(asked) == len(set(asked)) == 3
+
+
 def test_all_files_of_a_round_belong_together(pipeline):
     for run, turn in ((pipeline.first, 1), (pipeline.run, 2)):
         metas = [load(run, name)["meta"] for name in STAGES]

@@ -227,7 +227,7 @@ def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer(demo):
 
 def test_embeddings_wait_on_the_disk_and_leave_nothing_there(tmp_path, heard):
     for embeds in (heard[0], heard[1].bfloat16()):
-        waiting = sampling.to_disk(embeds, tmp_path / "run")
+        [waiting] = sampling.to_disk([embeds], tmp_path / "run")
         assert waiting.dtype == embeds.dtype and torch.equal(waiting, embeds)
     assert not list((tmp_path / "run").iterdir())
 
