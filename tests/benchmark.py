@@ -18,7 +18,7 @@ Clips last 12.5 s and all answers 35 tokens while sampling. A random model's ans
 so those scored and trained on are the demo's: real groups of K, of which three of five tokens are
 written twice, to be about 35 tokens long; what was shared stays shared.
 
-Run     python tests/benchmark.py                                demo, 2 cores: a minute and a half
+Run     python tests/benchmark.py                                demo, 2 cores: a minute
         python tests/benchmark.py --model Qwen/Qwen2-Audio-7B-Instruct --manifest mine.jsonl
         python tests/benchmark.py --config granite-speech-3.3-2b     one GPU; CPU: --num-prompts 16
 """
@@ -225,8 +225,8 @@ def describe(name, device, model, prompts, K):
     print(f"{name}, {model.num_parameters() / 1e6:.0f} million parameters, {model.dtype}, on {hardware}\n"
           f"torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%F')}\n"
           f"{len(prompts)} prompts of {heard:.0f} positions, {K} responses each, "
-          f"{total / len(prompts) / K:.1f} tokens a response, {distinct / total:.0%} of them after\n"
-          "sharing beginnings\n")
+          f"{total / len(prompts) / K:.1f} tokens a response, {distinct / total:.0%} of them when\n"
+          "shared beginnings are written once\n")
     print(f"{'':10}{'usual tok/s':>14}{'ours tok/s':>14}{'ratio':>11}{'usual MB':>14}{'ours MB':>14}")
 
 
