@@ -453,8 +453,7 @@ def stage_parser(doc, on_cpu=None, on_gpu=None):
         device, size = ("cuda", on_gpu) if torch.cuda.is_available() else ("cpu", on_cpu)
         parser.add_argument("--device", default=device, help="cpu or cuda")
         parser.add_argument("--prompts-per-batch", type=limited(int, 1), default=size,
-                            help="prompts in one pass; fewer take less memory (in 01 and 06 other "
-                                 "numbers sample other responses)")
+                            help="prompts in one pass; fewer take less memory")
     return parser
 
 def check_model(state, model):
