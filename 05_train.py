@@ -3,7 +3,8 @@
 The loss is GRPO's clipped surrogate with a KL term; LEAF changes only the advantage of each token.
 `--method grpo` trains on the same files with the other advantages. Only a LoRA on the language
 model learns; the KL's reference is the model without it, scored in stage 2, so no second copy is
-held. As there, a prompt is one row, its trie: what K responses share is computed once.
+held. As there, a prompt is one row, its trie: what K responses share is computed once. With a GPU,
+layers are checkpointed by default, which takes less memory and gives the same gradient.
 
 Reads   RUN/rollouts.pt, RUN/surprisal.pt, RUN/advantages.pt, the model, RUN/adapter if there
 Writes  RUN/adapter/, a PEFT adapter with optimizer.pt and training.json; RUN/train.csv, a row per
@@ -120,8 +121,11 @@ def append_csv(path, rows, redone=None):
     """Add rows (dicts with the same keys) to a CSV file, except those it holds already; its rows of
     the round `redone` and later go: that training was cut off, or its adapter moved away."""
     written = path.read_text().splitlines() if path.exists() else []
-    lines = [",".join(rows[0])] + [line for line in written[1:]
-                                   if redone is None or int(line.split(",")[0]) < redone]
+    lines = [",".join(rows[0])]
+    for line in written[1:]:
+        number = line.split(",")[0]
+        if redone is None or not number.isdigit() or int(number) < redone:
+            lines.append(line)
     lines += [line for row in rows if (line := ",".join(map(str, row.values()))) not in lines]
     sampling.save_text(path, "\n".join([*lines, ""]))
 

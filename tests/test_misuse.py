@@ -420,11 +420,11 @@ def test_a_training_that_starts_anew_leaves_no_rows_of_the_one_before(tmp_path, 
     sampled_round(run)
     call("05_train.py", "--run", run)
     assert (run / "train.csv").read_text().count("\n") == 2
-    for content in ("", "round,step\n"):  # a file that something else left there
+    for content in ("", "round,step\n\n"):  # a file that something else left there
         (run / "train.csv").write_text(content)
         shutil.rmtree(run / "adapter")
         call("05_train.py", "--run", run)
-        assert (run / "train.csv").read_text().splitlines()[1].startswith("1,1,leaf,")
+        assert (run / "train.csv").read_text().splitlines()[-1].startswith("1,1,leaf,")
 
 
 def test_a_gradient_that_is_no_number_is_not_followed(tmp_path, rounds):
