@@ -204,6 +204,15 @@ def test_a_lora_that_came_with_the_model_is_folded_into_it(heard):
         torch.testing.assert_close(logits_on(ours, heard[0]), wanted, atol=1e-4, rtol=0)
 
 
+def test_an_adapter_is_read_on_the_cpu(rounds, monkeypatch):
+    """PEFT, if not told, would put it on the first GPU, which may be full or not the one asked for."""
+    def first_gpu():
+        raise AssertionError("PEFT chooses the device")
+
+    monkeypatch.setattr("peft.peft_model.infer_device", first_gpu)
+    assert sampling.load_model(str(MODEL), rounds.again / "adapter")[0].peft_config
+
+
 @pytest.mark.parametrize("option, value", [("--lora-rank", 3), ("--lora-alpha", 5)])
 def test_another_lora_than_that_of_the_rounds_before_is_refused(rounds, option, value):
     with pytest.raises(sampling.BadInput, match=str(value)):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, load
+from conftest import MODEL, SMALL, load, parsed
 
 sampling = import_module("01_sample")
 
@@ -230,6 +230,19 @@ def test_embeddings_wait_on_the_disk_and_leave_nothing_there(tmp_path, heard):
         [waiting] = sampling.to_disk([embeds], tmp_path / "run")
         assert waiting.dtype == embeds.dtype and torch.equal(waiting, embeds)
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_01_holds_what_one_pass_hears(tmp_path, monkeypatch):
+    """What is sampled from is what waits on the disk, put there a pass at a time."""
+    waiting, to_disk, given, sample = [], sampling.to_disk, [], sampling.sample_all
+    monkeypatch.setattr(sampling, "to_disk",
+                        lambda group, folder: (waiting.append(to_disk(group, folder)), waiting[-1])[1])
+    monkeypatch.setattr(sampling, "sample_all",
+                        lambda model, embeds, *settings: (given.extend(embeds), sample(model, embeds, *settings))[1])
+    sampling.main(parsed("01_sample.py", "--run", tmp_path, *SMALL, "--num-prompts", 3,
+                         "--prompts-per-batch", 2))
+    assert [len(group) for group in waiting] == [2, 1]
+    assert all(embeds is kept for embeds, kept in zip(given, waiting[0] + waiting[1], strict=True))
 
 
 # Text, and the order of the prompts.
