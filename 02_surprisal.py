@@ -1,33 +1,38 @@
-"""Stage 2: how surprised was the model by each of its own tokens?
+"""02: how surprised was the model by each of its own tokens?
 
-Surprisal is -log pi_old(token | prompt, tokens before): near 0 where the model had no choice, high
-where it decided. Stage 3 looks for the forks there. Sampling took temperature 1.0 and top-p 0.9;
-surprisal is that of the full softmax at temperature 1 (step 1).
+The surprisal of a token is -log p(token | prompt, tokens before it), under the policy that sampled
+it: near 0 nats where the model had no choice, high where it decided (step 1). 03 looks there for
+the places where responses fork. Sampling took temperature 1.0 and a top-p nucleus of 0.9; surprisal
+is that of the full softmax at temperature 1.
 
-The K responses share their prompt, most of it audio, and often their beginnings. Laid out as a
-trie, each shared beginning once, they need one row in which a token sees the prompt and its own
-ancestors. The result is that of K separate passes.
+The K responses share their prompt, most of it audio, and often their first tokens. Laid out as a
+trie, in which a shared prefix stands once, they take one row per prompt: a mask shows a token the
+prompt and its own ancestors. The log-probabilities are those of K separate passes.
 
+Sizes   K responses, T tokens in the longest, P prompt positions, M trie tokens, H hidden
 Reads   RUN/rollouts.pt, the model, RUN/adapter if there
-Writes  RUN/surprisal.pt, per prompt, each (K, T) float32 in nats, 0 at padding: logp_old under the
-        policy that sampled; logp_ref under the reference, the same model with its LoRA switched
-        off; surprisal = -logp_old
+Writes  RUN/surprisal.pt, per prompt, each (K, T) float32 in nats, 0 at padding: logp_old, under the
+        policy that sampled; logp_ref, under the model without its LoRA; surprisal = -logp_old
 Run     python 02_surprisal.py                                   demo, 2 cores: about 5 s
+Differs from the paper: nothing. The trie is a faster way to the same numbers.
 """
+from collections import namedtuple
 from importlib import import_module
-
-sampling = import_module("01_sample")
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+sampling = import_module("01_sample")
+
+Trie = namedtuple("Trie", "tokens parents depths node")
+
 def build_trie(responses, lengths):
-    """Lay K responses out as a trie in which a shared beginning stands once, parents first.
+    """Lay K responses out as a Trie, in which a shared prefix stands once, parents first.
 
     responses (K, T) and lengths (K,) int64 -> tokens (M,), parents (M,) with -1 for the prompt,
-    depths (M,) counted from 0, and node (K, T): the trie index of every token, 0 at padding.
+    depths (M,) counted from 0, and node (K, T): where each token is in the trie, 0 at padding.
 
     >>> tokens, parents, depths, node = build_trie(
     ...     torch.tensor([[5, 6, 7], [5, 6, 8], [9, 0, 0]]), torch.tensor([3, 3, 1]))
@@ -36,22 +41,24 @@ def build_trie(responses, lengths):
     >>> node.tolist()
     [[0, 1, 2], [0, 1, 3], [4, 0, 0]]
     """
-    index, depths, node = {}, [], []  # index: (parent, token) -> number, by first appearance
-    for row, length in zip(responses.tolist(), lengths.tolist()):
-        path = []
-        for t in range(length):
-            key = (path[-1] if path else -1, row[t])
+    index = {}  # (parent, token) -> where it is in the trie
+    depths = []
+    node = torch.zeros_like(responses)
+    for k, length in enumerate(lengths.tolist()):
+        path = [-1]
+        for t, token in enumerate(responses[k, :length].tolist()):
+            key = (path[-1], token)
             if key not in index:
                 index[key] = len(index)
                 depths.append(t)
             path.append(index[key])
-        node.append(path + [0] * (len(row) - length))
+        node[k, :length] = torch.tensor(path[1:])
     parents, tokens = torch.tensor(list(index)).T
-    return tokens, parents, torch.tensor(depths), torch.tensor(node)
+    return Trie(tokens, parents, torch.tensor(depths), node)
 
 def trie_mask(parents, P):
-    """(P + M, P + M) bool, True where the row's position sees the column's: the prompt is causal;
-    a trie token sees the prompt, its ancestors and itself."""
+    """(P + M, P + M) bool, True where the position of the row sees that of the column: the prompt
+    is causal; a trie token sees the prompt, its ancestors and itself."""
     mask = torch.eye(P + len(parents), dtype=torch.bool)
     mask[:P, :P] = torch.ones(P, P).tril()
     for m, parent in enumerate(parents.tolist()):
@@ -59,90 +66,94 @@ def trie_mask(parents, P):
     return mask
 
 def mixed_precision(weight):
-    """Autocast to bfloat16 if the model's weights are bfloat16. Our LoRA's stay float32, lest small
-    steps be rounded away, but compute in bfloat16, which halves what is kept for the gradient."""
+    """Autocast to bfloat16 if the model's weights are bfloat16. Those of our LoRA stay float32, so
+    that small steps are not rounded away, but compute in bfloat16."""
     half = torch.bfloat16
     return torch.autocast(weight.device.type, half, enabled=weight.dtype == half)
 
 def batch_logps(model, embeds, tries):
     """Log-probability, in nats, of each trie token given its ancestors: a list of (M_i,) float32.
-
-    embeds: list of (P_i, D); tries: list of (tokens, parents, depths), each (M_i,), as build_trie
-    makes them. One forward pass, a row a prompt, padded at the end, with gradients where they are
-    enabled; equal to K separate passes per prompt up to rounding.
-    """
-    embed, rows, positions = model.get_input_embeddings(), [], []
-    device = embed.weight.device  # subtle: not model.device, the audio tower's, which stays behind
-    L = max(len(heard) + len(tokens) for heard, (tokens, _, _) in zip(embeds, tries))
-    mask = torch.eye(L, dtype=torch.bool).repeat(len(embeds), 1, 1)  # padding sees itself: no NaN
-    for heard, sees, (tokens, parents, depths) in zip(embeds, mask, tries):
-        P, end = len(heard), len(heard) + len(tokens)
-        rows.append(torch.cat([heard.to(device, embed.weight.dtype), embed(tokens.to(device))]))
-        positions.append(torch.cat([torch.arange(P), P + depths]))
-        sees[:end, :end] = trie_mask(parents, P)
+    embeds: list of (P_i, H); tries: list of Tries. One forward pass, a row per prompt, padded at
+    the end. Gradients flow where they are enabled. Equal to K separate passes up to rounding."""
+    embed = model.get_input_embeddings()
+    device = embed.weight.device  # subtle: model.device is the audio encoder's, which stays behind
+    L = max(len(prompt) + len(trie.tokens) for prompt, trie in zip(embeds, tries))
+    mask = torch.eye(L, dtype=torch.bool).repeat(len(tries), 1, 1)  # padding sees itself: no NaN
+    rows = []
+    positions = []
+    for prompt, trie, row_mask in zip(embeds, tries, mask):
+        P = len(prompt)
+        size = P + len(trie.tokens)
+        row_mask[:size, :size] = trie_mask(trie.parents, P)
+        positions.append(torch.cat([torch.arange(P), P + trie.depths]))
+        tokens = embed(trie.tokens.to(device))
+        rows.append(torch.cat([prompt.to(device, tokens.dtype), tokens]))
     with mixed_precision(embed.weight):
         hidden = model.get_decoder()(
             inputs_embeds=pad_sequence(rows, batch_first=True),
-            attention_mask=mask[:, None].to(device), use_cache=False,
-            position_ids=pad_sequence(positions, batch_first=True).to(device)
-        ).last_hidden_state  # (N, L, D)
-    # A token is predicted where its parent stands; parent -1 is the last position of the prompt.
-    states = [row[len(heard) + parents.to(device)]
-              for row, heard, (_, parents, _) in zip(hidden, embeds, tries)]
-    tokens = torch.cat([tokens for tokens, _, _ in tries]).to(device)
-    logps = -F.cross_entropy(sampling.logits_of(model, torch.cat(states)), tokens, reduction="none")
-    return logps.split([len(state) for state in states])
+            position_ids=pad_sequence(positions, batch_first=True).to(device),
+            attention_mask=mask[:, None].to(device), use_cache=False).last_hidden_state  # (N, L, H)
+    # A token is predicted at its parent's position; parent -1 is the last position of the prompt.
+    states = [row[len(prompt) + trie.parents.to(device)]
+              for row, prompt, trie in zip(hidden, embeds, tries)]
+    logits = sampling.logits_of(model, torch.cat(states))
+    tokens = torch.cat([trie.tokens for trie in tries]).to(device)
+    logps = -F.cross_entropy(logits, tokens, reduction="none")
+    return logps.split([len(trie.tokens) for trie in tries])
 
 def trie_logps(model, embeds, tokens, parents, depths):
-    """batch_logps of a single prompt: embeds (P, D); tokens, parents, depths (M,) -> (M,)."""
-    return batch_logps(model, [embeds], [(tokens, parents, depths)])[0]
+    """batch_logps of a single prompt: embeds (P, H); tokens, parents, depths (M,) -> (M,)."""
+    return batch_logps(model, [embeds], [Trie(tokens, parents, depths, node=None)])[0]
 
-def response_mask(prompt):
+def response_mask(rollout):
     """(K, T) bool, True at the tokens of the responses, their EOS included."""
-    return torch.arange(prompt["responses"].shape[1]) < prompt["lengths"][:, None]
+    return torch.arange(rollout["responses"].shape[1]) < rollout["lengths"][:, None]
 
-def score_responses(model, prompts):
-    """Log-probabilities of some prompts' responses, in one pass: a list of (K, T), 0 at padding."""
-    tries = [build_trie(prompt["responses"], prompt["lengths"]) for prompt in prompts]
-    logps = batch_logps(model, [prompt["embeds"] for prompt in prompts], [t[:3] for t in tries])
-    return [logp.cpu()[node].masked_fill(~response_mask(prompt), 0.0)
-            for logp, (*_, node), prompt in zip(logps, tries, prompts)]
+def score_responses(model, rollouts):
+    """Log-probabilities of a few prompts' responses in one pass: a list of (K, T), 0 at padding."""
+    tries = [build_trie(rollout["responses"], rollout["lengths"]) for rollout in rollouts]
+    logps = batch_logps(model, [rollout["embeds"] for rollout in rollouts], tries)
+    return [logp.cpu()[trie.node].masked_fill(~response_mask(rollout), 0.0)
+            for logp, trie, rollout in zip(logps, tries, rollouts)]
 
 def parse_args():
-    return sampling.stage_parser(__doc__, on_cpu=2, on_gpu=4).parse_args()
+    return sampling.stage_parser(__doc__, prompts_per_batch=2).parse_args()
 
 @torch.inference_mode()
 def main(args):
-    # 1. The responses, and the policy that sampled them.
+    # Read the responses, and load the policy that sampled them.
     rollouts = sampling.load_stage(args.run, "rollouts")
-    meta, adapter = rollouts["meta"], sampling.read_state(args.run, rollouts["meta"])["adapter"]
-    model, _ = sampling.load_model(meta["model"], adapter, args.device, hear=False)
+    model_name = rollouts["meta"]["model"]
+    adapter = sampling.read_state(args.run, rollouts)["adapter"]
+    model, _ = sampling.load_model(model_name, adapter, args.device, audio=False)
 
-    # 2. One pass over each prompt's trie; once there is a LoRA, a second one without it.
-    prompts, batches = [], sampling.chunks(rollouts["prompts"], args.prompts_per_batch)
+    # Score: one pass over each prompt's trie; once there is a LoRA, a second one without it.
+    scores = []
+    batches = sampling.chunks(rollouts["prompts"], args.prompts_per_batch)
     for batch in tqdm(batches, desc="scoring", unit="batch"):
-        logp_old = logp_ref = score_responses(model, batch)
+        logp_old = score_responses(model, batch)
+        logp_ref = logp_old
         if adapter:
             with model.disable_adapter():
                 logp_ref = score_responses(model, batch)
         if not all(logp.isfinite().all() for logp in logp_old + logp_ref):
-            raise sampling.BadInput(f"{meta['model']} gives log-probabilities that are no numbers: "
-                                    "its weights, or the adapter's, are broken")
-        prompts += [{"logp_old": old, "logp_ref": ref, "surprisal": -old}
-                    for old, ref in zip(logp_old, logp_ref)]
+            raise sampling.UserError("some log-probabilities are NaN or infinite: the weights of "
+                                     f"{model_name}, or those of the adapter, are broken")
+        for old, ref in zip(logp_old, logp_ref):
+            scores.append({"logp_old": old, "logp_ref": ref, "surprisal": -old})
 
-    # 3. Write.
-    sampling.save_stage(args.run, "surprisal", meta, prompts)
+    # Write.
+    sampling.save_stage(args.run, "surprisal", rollouts["meta"], scores)
 
-    # 4. Show: the first prompt's responses, one character a token.
-    total = sum(prompt["lengths"].sum().item() for prompt in rollouts["prompts"])
-    mean = sum(scored["surprisal"].sum().item() for scored in prompts) / total
-    print(f"\n{total} tokens, mean surprisal {mean:.2f} nats -> {args.run}/surprisal.pt\n"
-          "  . below 0.1   - below 0.5   + below 1.5   # above")
-    first, steps = rollouts["prompts"][0], torch.tensor([0.1, 0.5, 1.5])
-    for nats, length, text in zip(prompts[0]["surprisal"], first["lengths"], first["texts"]):
-        marks = "".join(".-+#"[level] for level in torch.bucketize(nats[:length], steps))
-        print(f"  {marks} {text}")
+    # Show the first prompt's responses, a character per token.
+    num_tokens = sum(rollout["lengths"].sum().item() for rollout in rollouts["prompts"])
+    mean = sum(score["surprisal"].sum().item() for score in scores) / num_tokens
+    print(f"\n{num_tokens} tokens, mean surprisal {mean:.2f} nats -> {args.run}/surprisal.pt\n"
+          "A character per token:   . below 0.1   - below 0.5   + below 1.5   # above")
+    first = rollouts["prompts"][0]
+    levels = torch.bucketize(scores[0]["surprisal"], torch.tensor([0.1, 0.5, 1.5]))  # (K, T)
+    for row, length, text in zip(levels.tolist(), first["lengths"].tolist(), first["texts"]):
+        print("  " + "".join(".-+#"[level] for level in row[:length]), sampling.printable(text))
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args)

@@ -1,159 +1,183 @@
-"""Stage 3: where did the K responses part ways?
+"""03: where did the K responses part ways?
 
-Where the model was most surprised, it decided. The positions of highest surprisal become fork
-boundaries, one set per prompt; at each of them the responses with the same beginning form a node.
-The nodes make K independent responses a tree. Nothing branched while sampling.
+A model that is surprised by its own token had others to choose from: it decided there. Surprisal
+is -log of the token's probability, in nats (02). LEAF cuts the responses before their most
+surprising tokens. Responses that agree on every token up to a cut have decided alike so far. They
+form a node, and the nodes form a tree. Nothing branched while sampling.
 
-Reads   RUN/rollouts.pt, RUN/surprisal.pt
-Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending token positions; nodes, the
-        groups of two or more responses: boundary (M,) int64, members (M, K) bool
+A cut is called a fork boundary. It is a number of tokens, b: it lies between the tokens b-1 and b.
+It is found in one response and applied to all K, because a node compares responses by their first b
+tokens, and that takes one b for all. Where responses do not part, a boundary splits no group: the
+tree may be cut inside a word, and both sides of the cut hold the same responses.
+
+Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree
+Reads   RUN/rollouts.pt (responses, lengths; for the picture texts, ends), RUN/surprisal.pt
+Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending; nodes: boundary (J,) int64,
+        members (J, K) bool, True for the responses in a node
 Run     python 03_tree.py                                        demo: about 1 s
-        python 03_tree.py --fork-budget 4 --show 7               more forks, another prompt's tree
+        python 03_tree.py --fork-budget 4 --show 7               more boundaries, another picture
+Differs from the paper: nothing.
 """
-import unicodedata
+from collections import namedtuple
 from importlib import import_module
-
-sampling = import_module("01_sample")
 
 import torch
 
+sampling = import_module("01_sample")
+
 def fork_distance(lengths, B):
-    """D, the least distance of two boundaries: B of them, spread over the shortest response."""
+    """D, the least distance of two boundaries in tokens: B of them fit in the shortest response."""
     return max(2, int(min(lengths)) // (B + 1))
 
 def select_boundaries(surprisal, lengths, B):
-    """Step 2: up to B positions of highest surprisal, D or more apart, ascending (list of int).
+    """Step 2: up to B boundaries before the most surprising tokens, each D or more from the others.
 
-    surprisal (K, T) nats, lengths (K,). A boundary b cuts between the tokens b-1 and b.
+    surprisal (K, T) nats, lengths (K,) -> list of int, ascending. Why b >= 1: in front of its first
+    token, a response has nothing to share.
 
     >>> select_boundaries(torch.tensor([[0.1, 0.2, 3.0, 2.0, 0.1, 1.0]]), torch.tensor([6]), B=2)
     [2, 5]
     """
-    candidates = [(-nats, i, b) for i, row in enumerate(surprisal.tolist())
-                  for b, nats in enumerate(row[:int(lengths[i])]) if b >= 1]
+    candidates = []
+    for i, row in enumerate(surprisal.tolist()):
+        for b in range(1, int(lengths[i])):
+            candidates.append((-row[b], i, b))
+    D = fork_distance(lengths, B)
     boundaries = []
     for _, _, b in sorted(candidates):  # highest surprisal first; ties: lower i, then lower b
         if len(boundaries) == B:
             break
-        if all(abs(b - kept) >= fork_distance(lengths, B) for kept in boundaries):
+        if all(abs(b - kept) >= D for kept in boundaries):
             boundaries.append(b)
     return sorted(boundaries)
 
 def group_prefixes(responses, lengths, boundary):
-    """Step 3: the responses that share their first `boundary` tokens, groups of two or more.
+    """Step 3: the nodes at a boundary, each a group of two or more responses that share their first
+    `boundary` tokens: a list of lists of int, in order of their first member.
 
-    responses (K, T), lengths (K,) -> list of lists of int, in order of their first member. A
-    response that ends before the boundary is grouped by all of its tokens.
+    responses (K, T), lengths (K,). A response that is shorter is compared by all of its tokens. So
+    the node of identical short responses may lie past their end.
 
     >>> group_prefixes(torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 0]]), torch.tensor([3, 3, 2]), 2)
     [[0, 1]]
     """
     groups = {}
     for i, (row, length) in enumerate(zip(responses.tolist(), lengths.tolist())):
-        groups.setdefault(tuple(row[:min(boundary, length)]), []).append(i)
+        prefix = tuple(row[:min(boundary, length)])
+        groups.setdefault(prefix, []).append(i)
     return [members for members in groups.values() if len(members) > 1]
 
-def unpack_tree(found):
-    """One prompt of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
-    boundaries, nodes = found["boundaries"].tolist(), found["nodes"]
-    levels = [nodes["members"][nodes["boundary"] == b] for b in boundaries]
-    return boundaries, [[row.nonzero().squeeze(1).tolist() for row in level] for level in levels]
+def pack_tree(boundaries, groups, K):
+    """boundaries (list of int), groups[j] the nodes at boundaries[j] -> a prompt of tree.pt."""
+    nodes = [(b, members) for b, level in zip(boundaries, groups) for members in level]
+    is_member = torch.zeros(len(nodes), K, dtype=torch.bool)
+    for j, (_, members) in enumerate(nodes):
+        is_member[j, members] = True
+    node_boundary = torch.tensor([b for b, _ in nodes], dtype=torch.int64)
+    return {"boundaries": torch.tensor(boundaries, dtype=torch.int64),
+            "nodes": {"boundary": node_boundary, "members": is_member}}
 
-# The picture, in 04 with the credit of each span.
+def unpack_tree(prompt_tree):
+    """A prompt of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
+    boundaries = prompt_tree["boundaries"].tolist()
+    nodes = prompt_tree["nodes"]
+    groups = []
+    for b in boundaries:
+        level = nodes["members"][nodes["boundary"] == b]
+        groups.append([row.nonzero().squeeze(1).tolist() for row in level])
+    return boundaries, groups
+
+# The picture of a tree, in 03 and 04.
+Row = namedtuple("Row", "branch members level start end")
 
 def tree_rows(boundaries, groups, lengths):
-    """The tree in the order it is drawn: a list of (branch, members, k, start, end).
+    """The lines of the picture, a list of Rows: the line drawing in front (str), and a span of the
+    tree, the tokens start..end that its members share, the level-th span of each of them.
 
-    branch is the line drawing in front; members share the tokens start..end, the k-th span of
-    each. Several members are a node, a single one is an ending; a response that was sampled twice
-    may end inside its node and then has an ending without tokens.
+    Several members are a node, a single one is the tail of a response. Identical responses may end
+    inside their node; their tails have no tokens.
     """
     rows = []
 
-    def grow(members, k, start, indent, levels):
-        while members:
-            nodes = levels[0][1] if levels else []
-            group = next((node for node in nodes if members[0] in node), members[:1])
-            members = [i for i in members if i not in group]
-            length = int(lengths[group[0]])
-            end = min(levels[0][0], length) if len(group) > 1 else length
-            rows.append((indent + ("├─ " if members else "└─ "), group, k, start, end))
-            if len(group) > 1:
-                grow(group, k + 1, end, indent + ("│  " if members else "   "), levels[1:])
+    def grow(parent, level, start, indent):
+        nodes = groups[level] if level < len(groups) else []
+        children = [members for members in nodes if members[0] in parent]
+        in_node = {i for members in children for i in members}
+        children += [[i] for i in parent if i not in in_node]
+        children.sort()
+        for members in children:
+            is_last = members is children[-1]
+            is_node = len(members) > 1
+            length = int(lengths[members[0]])
+            end = min(length, boundaries[level]) if is_node else length
+            branch = indent + ("└─ " if is_last else "├─ ")
+            rows.append(Row(branch, members, level, start, end))
+            if is_node:
+                grow(members, level + 1, end, indent + ("   " if is_last else "│  "))
 
-    grow(list(range(len(lengths))), 0, 0, "", list(zip(boundaries, groups)))
+    grow(list(range(len(lengths))), 0, 0, "")
     return rows
 
-def spelled(prompt, i, start, end, width):
-    """Tokens start..end of response i as one line of text, its middle left out beyond `width`."""
-    if "ends" in prompt:
-        first, last = (int(prompt["ends"][i, t - 1]) if t else 0 for t in (start, end))
-        text = prompt["texts"][i][first:last]
-    else:  # rollouts made elsewhere: token ids stand for the text
-        text = " ".join(map(str, prompt["responses"][i, start:end].tolist()))
-    text = "".join(c if c.isprintable() else "·" for c in text) or "(end)"
-    return text if len(text) <= width else f"{text[:width // 2]}…{text[-((width - 1) // 2):]}"
+def span_text(rollout, row, width=58):
+    """The left side of a line: branch and text, `width` characters, without the middle if long."""
+    i = row.members[0]
+    if "ends" in rollout:
+        ends = [0, *rollout["ends"][i].tolist()]
+        text = rollout["texts"][i][ends[row.start]:ends[row.end]]
+    else:  # rollouts from elsewhere: token ids stand for the text
+        text = " ".join(map(str, rollout["responses"][i, row.start:row.end].tolist()))
+    text = sampling.printable(text).replace("\n", "·") or "(end)"
+    room = max(12, width - len(row.branch) - 2)
+    if len(text) > room:
+        text = f"{text[:room // 2]}…{text[-((room - 1) // 2):]}"
+    return f"{row.branch + text:{width}}"
 
-def draw_tree(prompt, found, heading, columns, width=58):
-    """Print one prompt's tree; columns(members, k, start) is the text to the right of a span."""
-    print(f"\n{prompt['prompt']}\n  wanted: {prompt['reference']}\n\n{'':{width}}{heading}")
-    for branch, members, k, start, end in tree_rows(*unpack_tree(found), prompt["lengths"]):
-        text = branch + spelled(prompt, members[0], start, end, max(12, width - len(branch) - 2))
-        wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)  # they take two cells
-        print(f"{text:{width - wide}}{columns(members, k, start)}".rstrip())
-
-def prompt_number(show, rollouts):
-    """--show, or BadInput if there is no such prompt."""
-    last = len(rollouts["prompts"]) - 1
-    if show > last:
-        raise sampling.BadInput(f"--show is {show}, but the last prompt is number {last}")
-    return show
+def shown_rollout(rollouts, number):
+    """The rollout that --show asks for. Raises UserError if there is none of that number."""
+    count = len(rollouts["prompts"])
+    if number >= count:
+        raise sampling.UserError(f"--show is {number}, but the last prompt is number {count - 1}")
+    return rollouts["prompts"][number]
 
 def parse_args():
     parser = sampling.stage_parser(__doc__)
-    parser.add_argument("--fork-budget", type=sampling.limited(int, 0), default=2,
-                        help="B, most boundaries per prompt")
-    parser.add_argument("--show", type=sampling.limited(int, 0), default=0,
-                        help="number of the prompt to draw, from 0")
+    add = parser.add_argument
+    add("--fork-budget", type=sampling.number(int, 0), default=2, help="B, boundaries per prompt")
+    add("--show", type=sampling.number(int, 0), default=0, help="the prompt to draw, from 0")
     return parser.parse_args()
 
 def main(args):
-    # 1. The responses and their surprisal.
+    # Read.
     rollouts = sampling.load_stage(args.run, "rollouts")
-    surprisal = sampling.load_stage(args.run, "surprisal", rollouts)
-    B, show = args.fork_budget, prompt_number(args.show, rollouts)
+    scores = sampling.load_stage(args.run, "surprisal", rollouts)
+    shown = shown_rollout(rollouts, args.show)
 
-    # 2. Boundaries and nodes of every prompt.
-    prompts = []
-    for rollout, scored in zip(rollouts["prompts"], surprisal["prompts"]):
-        boundaries = select_boundaries(scored["surprisal"], rollout["lengths"], B)
-        nodes = [(b, members) for b in boundaries
-                 for members in group_prefixes(rollout["responses"], rollout["lengths"], b)]
-        is_member = torch.zeros(len(nodes), len(rollout["lengths"]), dtype=torch.bool)
-        for row, (_, members) in zip(is_member, nodes):
-            row[members] = True
-        at = torch.tensor([b for b, _ in nodes], dtype=torch.int64)
-        prompts.append({"boundaries": torch.tensor(boundaries, dtype=torch.int64),
-                        "nodes": {"boundary": at, "members": is_member}})
+    # Find the boundaries and nodes of every prompt.
+    trees = []
+    for rollout, score in zip(rollouts["prompts"], scores["prompts"]):
+        lengths = rollout["lengths"]
+        boundaries = select_boundaries(score["surprisal"], lengths, args.fork_budget)
+        groups = [group_prefixes(rollout["responses"], lengths, b) for b in boundaries]
+        trees.append(pack_tree(boundaries, groups, len(lengths)))
 
-    # 3. Write.
-    sampling.save_stage(args.run, "tree", {**rollouts["meta"], "fork_budget": B}, prompts)
+    # Write.
+    meta = {**rollouts["meta"], "fork_budget": args.fork_budget}
+    sampling.save_stage(args.run, "tree", meta, trees)
 
-    # 4. Show.
-    count = sum(len(found["nodes"]["boundary"]) for found in prompts) / len(prompts)
-    print(f"{len(prompts)} prompts, {count:.1f} nodes each -> {args.run}/tree.pt")
-    prompt, nats = rollouts["prompts"][show], surprisal["prompts"][show]["surprisal"]
-    rewards = import_module("04_advantage").prompt_rewards(prompt)  # looks ahead, for the picture
-
-    def columns(members, k, start):
-        i, many = members[0], len(members) > 1
-        decided = f"{nats[i, start]:9.2f}" if start < prompt["lengths"][i] else ""
-        return f"{decided:9}" + (f"{len(members):5} share it" if many else f"{rewards[i]:9.2f}")
-
-    draw_tree(prompt, prompts[show], "surprisal   reward", columns)
-    print(f"\nForks before the tokens {prompts[show]['boundaries'].tolist()}, "
-          f"{fork_distance(prompt['lengths'], B)} or more apart. Surprisal, in nats, is that of a\n"
-          "span's first token, the one that was decided there.")
+    # Show one tree.
+    num_nodes = sum(len(prompt_tree["nodes"]["boundary"]) for prompt_tree in trees)
+    print(f"{len(trees)} prompts, {num_nodes / len(trees):.1f} nodes each -> {args.run}/tree.pt\n")
+    print(sampling.printable(f"{shown['prompt']}\n  reference  {shown['reference']}\n"))
+    print(f"{'':58}    n  surprisal")
+    boundaries, groups = unpack_tree(trees[args.show])
+    surprisal = scores["prompts"][args.show]["surprisal"]
+    for row in tree_rows(boundaries, groups, shown["lengths"]):
+        first_token_nats = surprisal[row.members[0], row.start:row.end][:1].tolist()
+        columns = f"{len(row.members):5}" + "".join(f"{nats:11.2f}" for nats in first_token_nats)
+        print(span_text(shown, row) + columns)
+    D = fork_distance(shown["lengths"], args.fork_budget)
+    print(f"\nn responses share a span. Its surprisal, in nats, is that of its first token.\n"
+          f"Boundaries: {boundaries}, {D} or more tokens apart.")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args)

@@ -219,12 +219,12 @@ def published_model(args, device, run):
 def describe(name, device, model, prompts, K):
     total = sum(prompt["lengths"].sum().item() for prompt in prompts)
     distinct = sum(len(scoring.build_trie(p["responses"], p["lengths"])[0]) for p in prompts)
-    heard = sum(len(prompt["embeds"]) for prompt in prompts) / len(prompts)
+    prompt_embeds = sum(len(prompt["embeds"]) for prompt in prompts) / len(prompts)
     hardware = (torch.cuda.get_device_name() if device == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
     print(f"{name}, {model.num_parameters() / 1e6:.0f} million parameters, {model.dtype}, on {hardware}\n"
           f"torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%F')}\n"
-          f"{len(prompts)} prompts of {heard:.0f} positions, {K} responses each, "
+          f"{len(prompts)} prompts of {prompt_embeds:.0f} positions, {K} responses each, "
           f"{total / len(prompts) / K:.1f} tokens a response, {distinct / total:.0%} of them when\n"
           "shared beginnings are written once\n")
     print(f"{'':10}{'usual tok/s':>14}{'ours tok/s':>14}{'ratio':>11}{'usual MB':>14}{'ours MB':>14}")
@@ -274,8 +274,7 @@ def main():
             seconds_of("02_surprisal.py", "--run", run)
             tree, advantage = (seconds_of(stage, "--run", run) for stage in ("03_tree.py", "04_advantage.py"))
             bare = seconds_of("-c", "import torch")
-            print(f"\n03_tree.py {tree:.1f} s, 04_advantage.py {advantage:.1f} s; `import torch` alone, with "
-                  f"Python's garbage collection, {bare:.1f} s")
+            print(f"\n03_tree.py {tree:.1f} s, 04_advantage.py {advantage:.1f} s; `import torch` alone {bare:.1f} s")
 
 
 if __name__ == "__main__":

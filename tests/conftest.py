@@ -80,7 +80,7 @@ def examples():
 
 
 @pytest.fixture(scope="session")
-def heard(demo, examples):
+def prompt_embeds(demo, examples):
     """Embeddings of four test prompts, of different lengths."""
     model, processor = demo
     embeds = [sampling.embed_prompt(model, processor, sampling.load_audio(example["audio"], 16000),
@@ -90,14 +90,14 @@ def heard(demo, examples):
     return embeds
 
 
-# A tree that can be followed by hand: prompt 0 is nested, prompt 1 has twins that end before their
-# node, prompt 2 has responses that all score alike.
+# A tree that can be followed by hand: prompt 0 is nested, prompt 1 has identical responses that end
+# before their node, prompt 2 has responses with equal rewards.
 
 PIECES = {2: "", 5: "Sie", 6: " haben", 7: " zwei", 8: " drei", 9: " neue", 10: " alte",
           11: " Nachrichten.", 12: "Es", 13: " gibt", 14: " nur"}
 NESTED = [[5, 6, 14, 7, 9, 11, 2], [5, 6, 14, 7, 10, 11, 2], [5, 6, 8, 9, 11, 2], [12, 13, 7, 11, 2]]
-TWINS = [[12, 2], [5, 6, 14, 7, 9, 11, 2], [12, 2], [5, 6, 14, 7, 10, 11, 2]]
-ALIKE = [[12, 13, 2], [12, 13, 2], [12, 13, 2], [12, 13, 2]]
+IDENTICAL = [[12, 2], [5, 6, 14, 7, 9, 11, 2], [12, 2], [5, 6, 14, 7, 10, 11, 2]]
+EQUAL_REWARDS = [[12, 13, 2], [12, 13, 2], [12, 13, 2], [12, 13, 2]]
 PEAKS = [{(2, 2): 3.0, (1, 4): 2.0}, {(3, 4): 3.0, (1, 2): 2.0}, {(0, 1): 1.0}]  # (response, token)
 
 
@@ -117,7 +117,7 @@ def handmade_prompt(rows, number=0):
 def handmade(tmp_path):
     """A run's folder with rollouts.pt and surprisal.pt of three prompts made by hand."""
     prompts, scores = [], []
-    for number, (rows, peaks) in enumerate(zip([NESTED, TWINS, ALIKE], PEAKS)):
+    for number, (rows, peaks) in enumerate(zip([NESTED, IDENTICAL, EQUAL_REWARDS], PEAKS)):
         prompt = handmade_prompt(rows, number)
         surprisal = torch.full(prompt["responses"].shape, 0.125)
         for place, nats in peaks.items():
@@ -144,10 +144,10 @@ def sampled_round(run, *options):
     call("01_sample.py", "--run", run, *SMALL, *options)
     call("02_surprisal.py", "--run", run, "--device", "cpu")
     call("03_tree.py", "--run", run)
-    credit = import_module("04_advantage")
+    advantage = import_module("04_advantage")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(credit, "prompt_rewards", lambda prompt: [0.9, 0.2, 0.4, 0.0])
-        credit.main(parsed("04_advantage.py", "--run", run))
+        patch.setattr(advantage, "prompt_rewards", lambda prompt: [0.9, 0.2, 0.4, 0.0])
+        advantage.main(parsed("04_advantage.py", "--run", run))
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
 
-def memory_of_training(config, gradient_checkpointing, prompts_per_batch=4):
+def memory_of_training(config, gradient_checkpointing, prompts_per_batch=6):
     """Bytes that 05 takes at most on a GPU, and bytes of the LoRA with its gradient and
     AdamW's moments. The tensors are fake: they have sizes, but no numbers.
 
@@ -160,7 +160,7 @@ def memory_of_training(config, gradient_checkpointing, prompts_per_batch=4):
     P = POSITIONS[config.model_type]
     responses = torch.arange(35).repeat(8, 1)
     responses[:, 23:] += torch.arange(8)[:, None]
-    tries = [scoring.build_trie(responses, torch.full((8,), 35))[:3]] * prompts_per_batch
+    tries = [scoring.build_trie(responses, torch.full((8,), 35))] * prompts_per_batch
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.bfloat16,
                                                  attn_implementation="sdpa").eval()
@@ -185,7 +185,7 @@ def memory_of_training(config, gradient_checkpointing, prompts_per_batch=4):
     return memory.peak, 16 * sum(weight.numel() for weight in weights)
 
 
-def memory_of_cache(config, prompts=32, K=8, T=200):
+def memory_of_cache(config, prompts=16, K=8, T=200):
     """Bytes of keys and values in 01, all answers as long as they may be."""
     text = config.get_text_config()
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads

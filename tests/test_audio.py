@@ -118,7 +118,7 @@ def test_opus_clips_of_the_demo_are_read_at_their_rate(examples):
 # Mistakes.
 
 def refused(path, *words, **settings):
-    with pytest.raises(sampling.BadInput) as error:
+    with pytest.raises(sampling.UserError) as error:
         sampling.load_audio(path, RATE, **settings)
     sentence = str(error.value)
     assert "\n" not in sentence and all(word in sentence for word in (str(path), *words)), sentence

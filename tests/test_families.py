@@ -151,7 +151,7 @@ def test_only_listening_needs_the_processor(tmp_path, family):
 
 def test_only_the_language_model_goes_to_the_device(family):
     """"meta" plays the GPU; the audio tower stays where it was loaded."""
-    model, processor = sampling.load_model(family, device="meta", hear=False)
+    model, processor = sampling.load_model(family, device="meta", audio=False)
     assert processor is None
     moved = {name for name, weight in model.named_parameters() if weight.device.type == "meta"}
     wanted = {name for name, weight in model.named_parameters() if "language_model" in name or "lm_head" in name}
@@ -163,9 +163,9 @@ def test_what_a_clip_is_heard_as_does_not_depend_on_the_others(family, examples)
     model, processor = sampling.load_model(family)
     examples = [{**example, "prompt": "Translate."} for example in examples[:3]]
     together = list(sampling.embed_examples(model, processor, examples, "", False))
-    assert len({len(heard) for heard in together}) == 3
-    for example, heard in zip(examples, together):
-        assert torch.equal(hear((model, processor), example, "Translate."), heard)
+    assert len({len(prompt_embeds) for prompt_embeds in together}) == 3
+    for example, prompt_embeds in zip(examples, together):
+        assert torch.equal(hear((model, processor), example, "Translate."), prompt_embeds)
 
 
 def test_embeddings_are_those_of_the_models_own_forward(family, examples):
@@ -183,15 +183,15 @@ def test_half_precision_is_heard_saved_and_scored(tmp_path, family, examples):
     """As on a GPU: weights and embeddings in bfloat16, log-probabilities in float32."""
     model, processor = sampling.load_model(family)
     wanted = hear((model, processor), examples[0], "Translate.")
-    heard = hear((model.bfloat16(), processor), examples[0], "Translate.")
-    assert heard.dtype == torch.bfloat16
-    torch.testing.assert_close(heard.float(), wanted, atol=0.1, rtol=0.1)
+    prompt_embeds = hear((model.bfloat16(), processor), examples[0], "Translate.")
+    assert prompt_embeds.dtype == torch.bfloat16
+    torch.testing.assert_close(prompt_embeds.float(), wanted, atol=0.1, rtol=0.1)
     torch.manual_seed(0)
-    [(responses, lengths)] = sampling.sample_responses(model, [heard], 3, 5, 1.0, 0.9)
-    prompt = {"embeds": heard, "responses": responses, "lengths": lengths}
+    [(responses, lengths)] = sampling.sample_responses(model, [prompt_embeds], 3, 5, 1.0, 0.9)
+    prompt = {"embeds": prompt_embeds, "responses": responses, "lengths": lengths}
     with torch.no_grad():
         [logps] = scoring.score_responses(model, [prompt])
-        [exact] = scoring.score_responses(model.float(), [{**prompt, "embeds": heard.float()}])
+        [exact] = scoring.score_responses(model.float(), [{**prompt, "embeds": prompt_embeds.float()}])
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, exact, atol=0.15, rtol=0)
 
@@ -266,17 +266,17 @@ def test_its_own_lora_is_folded_in(folders, granite, embeds):
 def test_policy_and_reference_start_as_the_model_as_shipped(family, examples):
     """Ours starts at exactly zero, and switching it off leaves the shipped one in force."""
     shipped = sampling.load_model(family)
-    heard = hear(shipped, examples[0], "Translate.")
+    prompt_embeds = hear(shipped, examples[0], "Translate.")
     policy = policy_on(family)
-    assert torch.equal(logits_on(policy, heard), logits_on(shipped[0], heard))
+    assert torch.equal(logits_on(policy, prompt_embeds), logits_on(shipped[0], prompt_embeds))
     learning = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert len(learning) == 2 * 7 * 2 and all("language_model" in name for name in learning)
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.2)
-    assert not torch.allclose(logits_on(policy, heard), logits_on(shipped[0], heard), atol=1e-2)
+    assert not torch.allclose(logits_on(policy, prompt_embeds), logits_on(shipped[0], prompt_embeds), atol=1e-2)
     with policy.disable_adapter():
-        assert torch.equal(logits_on(policy, heard), logits_on(shipped[0], heard))
+        assert torch.equal(logits_on(policy, prompt_embeds), logits_on(shipped[0], prompt_embeds))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchaudio") is not None, reason="torchaudio is installed")
@@ -336,26 +336,9 @@ def test_training_takes_little_memory(demo, name, limit):
 
 # Models that this machine cannot take.
 
-def test_a_model_larger_than_the_machine_is_refused_before_it_is_loaded(folders, monkeypatch):
-    assert sampling.machine_memory() > 1e9
-    monkeypatch.setattr(sampling, "machine_memory", lambda: 4e4)
-    with pytest.raises(sampling.BadInput, match="take a GPU, --device cuda"):
-        sampling.load_model(folders["qwen2-audio-7b"])
-
-
-def test_a_gated_model_is_named_with_what_to_do(monkeypatch):
-    def gated(name, **options):
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at ...")
-
-    import transformers
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
-    with pytest.raises(sampling.BadInput, match="some/model.*gated repo.*hf auth login"):
-        sampling.load_model("some/model")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_cuda_is_refused(folders):
-    with pytest.raises(sampling.BadInput, match="--device cpu"):
+    with pytest.raises(sampling.UserError, match="cuda"):
         sampling.load_model(folders["granite-4.0-1b-speech"], device="cuda")
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import padded
 
-forks = import_module("03_tree")
-credit = import_module("04_advantage")
+tree = import_module("03_tree")
+advantage = import_module("04_advantage")
 evaluation = import_module("06_eval")
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,26 +27,26 @@ def test_leaf():
     for number, case in enumerate(LEAF):
         responses, lengths = padded(case["responses"])
         surprisal, _ = padded(case["surprisal"], fill=50.0)  # padding has no say
-        boundaries = forks.select_boundaries(surprisal, lengths, case["fork_budget"])
+        boundaries = tree.select_boundaries(surprisal, lengths, case["fork_budget"])
         assert boundaries == case["boundaries"], f"case {number}: boundaries"
 
-        groups = [forks.group_prefixes(responses, lengths, b) for b in boundaries]
-        spans = credit.span_advantages(boundaries, groups, lengths, case["rewards"], case["terms"])
-        standard = credit.zscore(spans)
+        groups = [tree.group_prefixes(responses, lengths, b) for b in boundaries]
+        spans = advantage.span_advantages(boundaries, groups, lengths, case["rewards"], case["terms"])
+        standard = advantage.zscore(spans)
         for i, wanted in enumerate(case["spans"]):
             where = f"case {number}, response {i}"
             assert [span[:2] for span in spans[i]] == [tuple(span[:2]) for span in wanted], where
             assert [span[2] for span in spans[i]] == near([span[2] for span in wanted]), where
             assert [span[2] for span in standard[i]] == near(case["zscored"][i]), where
             assert [span[:2] for span in standard[i]] == [span[:2] for span in spans[i]], where
-        assert credit.grpo_advantages(case["rewards"]).tolist() == near(case["grpo"]), f"case {number}"
+        assert advantage.grpo_advantages(case["rewards"]).tolist() == near(case["grpo"]), f"case {number}"
 
 
 def test_sentence_bleu():
     for case in BLEU["sentence"]:
         pair = case["hypothesis"], case["reference"]
-        assert credit.sentence_bleu(*pair) == near(case["cased"]), case
-        assert credit.sentence_bleu(*pair, lowercase=True) == near(case["lowercased"]), case
+        assert advantage.sentence_bleu(*pair) == near(case["cased"]), case
+        assert advantage.sentence_bleu(*pair, lowercase=True) == near(case["lowercased"]), case
 
 
 def test_corpus_bleu():
@@ -59,7 +59,7 @@ def test_corpus_bleu():
 def test_a_corpus_without_four_words_scores_nothing():
     """As sacrebleu's corpus_bleu; the effective order is for single sentences."""
     assert evaluation.corpus_bleu(["yes", "a b"], ["yes", "a b"]) == 0
-    assert credit.sentence_bleu("a b", "a b") == 1
+    assert advantage.sentence_bleu("a b", "a b") == 1
 
 
 def test_an_empty_corpus():

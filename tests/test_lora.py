@@ -31,11 +31,11 @@ def weights_of(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_new_lora_changes_nothing(demo, heard):
+def test_a_new_lora_changes_nothing(demo, prompt_embeds):
     policy = policy_of()
-    assert torch.equal(logits_on(policy, heard[0]), logits_on(demo[0], heard[0]))
+    assert torch.equal(logits_on(policy, prompt_embeds[0]), logits_on(demo[0], prompt_embeds[0]))
     with policy.disable_adapter():
-        assert torch.equal(logits_on(policy, heard[0]), logits_on(demo[0], heard[0]))
+        assert torch.equal(logits_on(policy, prompt_embeds[0]), logits_on(demo[0], prompt_embeds[0]))
 
 
 def test_only_the_language_models_lora_learns():
@@ -110,39 +110,31 @@ def test_training_begun_on_a_gpu_goes_on_on_a_cpu(rounds, tmp_path, monkeypatch)
         name: weight.tolist() for name, weight in weights_of(rounds.again).items()}
 
 
-def test_in_bfloat16_the_lora_learns_in_float32_and_keeps_no_copy_of_its_inputs(demo, heard):
-    """As on a GPU. Kept for the gradient, in float32: what norms and rotations keep, no wider than the
-    model; the inputs of the last projection are wider."""
+def test_in_bfloat16_the_lora_learns_in_float32(prompt_embeds):
+    """As on a GPU: its gradients are float32, and near those of a model in float32."""
     responses, lengths = padded([[5, 6, 7], [5, 6, 8], [9, 2, 0]])
-    prompt, gradients, kept = {"embeds": heard[0], "responses": responses, "lengths": lengths}, [], set()
+    rollout = {"embeds": prompt_embeds[0], "responses": responses, "lengths": lengths}
+    gradients = []
     for dtype in (torch.float32, torch.bfloat16):
-        policy = policy_of("--lora-dropout", 1e-6)
+        policy = policy_of()
         for name, weight in policy.named_parameters():
             weight.data = weight.data if "lora_" in name else weight.data.to(dtype)
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.01, generator=torch.Generator().manual_seed(len(name)))
-            if "lora_A" in name:
-                torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(len(name)))
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor: kept.add((tensor.dtype, tensor.shape)) or tensor, lambda tensor: tensor):
-            logp = scoring.score_responses(policy, [prompt])[0]
-        logp.sum().backward()
+            if "lora_" in name:
+                std = 0.01 if "lora_B" in name else 0.05
+                torch.nn.init.normal_(weight, std=std, generator=torch.Generator().manual_seed(len(name)))
+        scoring.score_responses(policy, [rollout])[0].sum().backward()
         gradients.append({name: weight.grad for name, weight in policy.named_parameters()
                           if weight.requires_grad})
-    wide = policy.config.get_text_config().intermediate_size
-    assert any(dtype == torch.bfloat16 and shape[-1:] == (wide,) for dtype, shape in kept)
-    assert not any(dtype == torch.float32 and shape[-1:] == (wide,) for dtype, shape in kept)
-    for name, wanted in gradients[0].items():
+    for name, expected in gradients[0].items():
         assert gradients[1][name].dtype == torch.float32
-        assert (gradients[1][name] - wanted).norm() < 0.1 * wanted.norm(), name
+        assert (gradients[1][name] - expected).norm() < 0.1 * expected.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(heard, dtype):
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(prompt_embeds, dtype):
     """Dropout draws the same again when a layer is computed once more."""
     responses, lengths = padded([[5, 6, 7], [5, 6, 8], [9, 2, 0]])
-    prompt, gradients, kept = {"embeds": heard[0], "responses": responses, "lengths": lengths}, [], []
+    prompt, gradients, kept = {"embeds": prompt_embeds[0], "responses": responses, "lengths": lengths}, [], []
     for option in ("--no-gradient-checkpointing", "--gradient-checkpointing"):
         torch.manual_seed(0)
         policy, sizes = policy_of("--lora-dropout", 0.25, option), {}
@@ -174,19 +166,19 @@ def test_a_step_raises_what_earned_credit(rounds):
     assert gain > 1e-3
 
 
-def test_peft_loads_the_adapter_on_a_fresh_model(heard, rounds):
+def test_peft_loads_the_adapter_on_a_fresh_model(prompt_embeds, rounds):
     adapter = rounds.again / "adapter"
     fresh = AutoModelForMultimodalLM.from_pretrained(MODEL, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(fresh, str(adapter)).eval()
     ours, _ = sampling.load_model(str(MODEL), adapter)
     with torch.no_grad():
-        logits = theirs(inputs_embeds=heard[0][None]).logits
-    torch.testing.assert_close(logits, logits_on(ours, heard[0]), atol=1e-5, rtol=0)
+        logits = theirs(inputs_embeds=prompt_embeds[0][None]).logits
+    torch.testing.assert_close(logits, logits_on(ours, prompt_embeds[0]), atol=1e-5, rtol=0)
     base, _ = sampling.load_model(str(MODEL))
-    assert not torch.allclose(logits, logits_on(base, heard[0]), atol=1e-3)
+    assert not torch.allclose(logits, logits_on(base, prompt_embeds[0]), atol=1e-3)
 
 
-def test_a_lora_that_came_with_the_model_is_folded_into_it(heard):
+def test_a_lora_that_came_with_the_model_is_folded_into_it(prompt_embeds):
     """As Granite's speech LoRA: loaded as "default", part of the reference, not of what learns."""
     base, _ = sampling.load_model(str(MODEL))
     shipped = get_peft_model(base, LoraConfig(r=4, target_modules=r".*language_model\..*\.(q|v)_proj"))
@@ -194,14 +186,14 @@ def test_a_lora_that_came_with_the_model_is_folded_into_it(heard):
     for name, weight in shipped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    wanted = logits_on(shipped.eval(), heard[0])
+    wanted = logits_on(shipped.eval(), prompt_embeds[0])
     folded = sampling.fold_adapters(shipped.get_base_model())
     assert not any("lora" in name for name, _ in folded.named_modules())
-    torch.testing.assert_close(logits_on(folded, heard[0]), wanted, atol=1e-4, rtol=0)
-    assert not torch.allclose(wanted, logits_on(sampling.load_model(str(MODEL))[0], heard[0]), atol=1e-3)
+    torch.testing.assert_close(logits_on(folded, prompt_embeds[0]), wanted, atol=1e-4, rtol=0)
+    assert not torch.allclose(wanted, logits_on(sampling.load_model(str(MODEL))[0], prompt_embeds[0]), atol=1e-3)
     ours = get_peft_model(folded, LoraConfig(r=4, target_modules=r".*language_model\..*\.(q|v)_proj"))
     with ours.eval().disable_adapter():
-        torch.testing.assert_close(logits_on(ours, heard[0]), wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits_on(ours, prompt_embeds[0]), wanted, atol=1e-4, rtol=0)
 
 
 def test_an_adapter_is_read_on_the_cpu(rounds, monkeypatch):
@@ -213,7 +205,8 @@ def test_an_adapter_is_read_on_the_cpu(rounds, monkeypatch):
     assert sampling.load_model(str(MODEL), rounds.again / "adapter")[0].peft_config
 
 
-@pytest.mark.parametrize("option, value", [("--lora-rank", 3), ("--lora-alpha", 5)])
-def test_another_lora_than_that_of_the_rounds_before_is_refused(rounds, option, value):
-    with pytest.raises(sampling.BadInput, match=str(value)):
-        policy_of(option, value, adapter=rounds.trained / "adapter")
+def test_an_adapter_keeps_its_lora(rounds):
+    """The flags are for a new one."""
+    policy = policy_of("--lora-rank", 3, "--lora-alpha", 5, adapter=rounds.trained / "adapter")
+    config = policy.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (16, 32)

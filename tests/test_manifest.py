@@ -17,7 +17,7 @@ def manifest(folder, *lines):
 
 
 def refused(path, *words):
-    with pytest.raises(sampling.BadInput) as error:
+    with pytest.raises(sampling.UserError) as error:
         sampling.read_manifest(path)
     sentence = str(error.value)
     assert "\n" not in sentence and all(word in sentence for word in (str(path), *words)), sentence

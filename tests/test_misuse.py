@@ -84,24 +84,46 @@ def test_rollouts_with_other_references_are_other_rollouts(tmp_path, rounds):
     assert ids[0] != ids[1]
 
 
-def test_a_run_goes_on_as_it_began(tmp_path):
-    """In later rounds what is not asked for is as before: manifest, prompt, method."""
-    manifest = shutil.copy(TRAIN, tmp_path / "mine.jsonl")
-    (tmp_path / "train").symlink_to(TRAIN.parent / "train")
-    run, small = tmp_path / "run", SMALL[2:]  # without --manifest
-    call("01_sample.py", "--run", run, *small, "--manifest", manifest, "--system-prompt", "Be brief.", "--seed", 3)
-    assert parsed("06_eval.py", "--run", run).system_prompt == "Be brief."  # before any training
-    for script in SCRIPTS[1:4]:
+@pytest.mark.parametrize("option, value", [("--system-prompt", "Be brief."), ("--seed", 3), ("--raw-prompt", None),
+                                           ("--manifest", TEST), ("--model", "some/other")])
+def test_a_flag_that_contradicts_the_run(trained, option, value):
+    """Each is part of what the adapter was trained with; a forgotten one would go unnoticed."""
+    before = contents(trained)
+    sentence = refusal("01_sample.py", "--run", trained, *SMALL, *[x for x in (option, value) if x is not None])
+    assert option in sentence and "trained with" in sentence and contents(trained) == before
+
+
+def test_another_method_than_the_adapters(tmp_path, rounds):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    before = contents(run)
+    sentence = refusal("05_train.py", "--run", run, "--method", "grpo")
+    assert "--method" in sentence and "leaf" in sentence and contents(run) == before
+
+
+def test_evaluation_takes_model_and_prompt_from_the_run(tmp_path, monkeypatch):
+    """From the rollouts before the first training, from the adapter afterwards; flags that are given win."""
+    evaluation, run, seen = import_module("06_eval"), tmp_path / "run", []
+    embed_examples = sampling.embed_examples
+
+    def spied(model, processor, examples, *prompt_options):
+        seen.append((processor.tokenizer.name_or_path, *prompt_options))
+        return embed_examples(model, processor, examples, *prompt_options)
+
+    monkeypatch.setattr(evaluation.sampling, "embed_examples", spied)
+    model = str(shutil.copytree(MODEL, tmp_path / "model"))
+    options = ["--run", run, "--manifest", TEST, "--num-prompts", 1, "--passes", 1, "--max-new-tokens", 2]
+    call("01_sample.py", "--run", run, *SMALL, "--model", model, "--system-prompt", "Be brief.")
+    shutil.move(run / "rollouts.pt", run / "kept.pt")
+    evaluation.main(parsed("06_eval.py", *options))
+    shutil.move(run / "kept.pt", run / "rollouts.pt")
+    evaluation.main(parsed("06_eval.py", *options))
+    for script in SCRIPTS[1:5]:
         call(script, "--run", run)
-    assert parsed("05_train.py", "--run", run).method == "leaf"
-    call("05_train.py", "--run", run, "--method", "grpo")
-    for script in ("01_sample.py", "06_eval.py"):
-        assert parsed(script, "--run", run).system_prompt == "Be brief."
-        assert parsed(script, "--run", run, "--system-prompt", "").system_prompt == ""
-    again = parsed("01_sample.py", "--run", run)
-    assert (again.manifest, again.seed, again.num_prompts) == (str(manifest), 3, 64)
-    assert parsed("05_train.py", "--run", run).method == "grpo"
-    assert parsed("06_eval.py", "--run", run).manifest == "tests/demo/test.jsonl"
+    (run / "rollouts.pt").unlink()
+    evaluation.main(parsed("06_eval.py", *options))
+    evaluation.main(parsed("06_eval.py", *options, "--system-prompt", ""))
+    assert seen == [("tests/demo/model", "", False), (model, "Be brief.", False), (model, "Be brief.", False),
+                    (model, "", False)]
 
 
 def test_another_model_than_the_adapters(trained):
@@ -168,7 +190,7 @@ def test_an_adapter_that_is_not_whole(tmp_path, rounds, file, cut):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "7", "", "{}"])
+@pytest.mark.parametrize("content", ["null", "7", "", "{"])
 def test_a_training_state_that_is_something_else(tmp_path, rounds, content):
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     (run / "adapter" / "training.json").write_text(content)
@@ -236,22 +258,6 @@ def test_a_prompt_that_is_not_there(sampled, script):
     sentence = refusal(script, "--run", sampled, "--show", 2)  # there are 0 and 1
     assert "--show" in sentence and "2" in sentence
     assert contents(sampled) == before
-
-
-def test_the_loras_options_stay_those_of_the_first_round(tmp_path, rounds):
-    run = shutil.copytree(rounds.ready, tmp_path / "run")
-    rank = parsed("05_train.py").lora_rank
-    sentence = refusal("05_train.py", "--run", run, "--lora-rank", rank + 1)
-    assert str(rank) in sentence and str(rank + 1) in sentence and "--lora" in sentence
-
-
-def test_the_loras_options_need_be_given_once(sampled):
-    call("05_train.py", "--run", sampled, "--lora-rank", 3, "--lora-alpha", 5, "--lora-dropout", 0.125)
-    sampled_round(sampled)
-    call("05_train.py", "--run", sampled)
-    assert sampling.read_state(sampled)["round"] == 2
-    again = parsed("05_train.py", "--run", sampled)
-    assert (again.lora_rank, again.lora_alpha, again.lora_dropout) == (3, 5, 0.125)
 
 
 def test_a_gpu_that_is_full_is_no_broken_adapter(rounds, monkeypatch):
@@ -334,7 +340,8 @@ import resource, signal, sys, torch
 from importlib import import_module
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-import_module("01_sample").save_tensors(sys.argv[1], [torch.zeros(size) for size in (9, 90_000, 9)])
+content = [torch.zeros(size) for size in (9, 90_000, 9)]
+import_module("01_sample").save_file(sys.argv[1], lambda file: torch.save(content, file))
 """
 
 
@@ -342,76 +349,102 @@ import_module("01_sample").save_tensors(sys.argv[1], [torch.zeros(size) for size
 def test_a_disk_that_fills_up_halfway(tmp_path, limit):
     """No file may grow beyond the limit; torch's archive is cut in its beginning, middle or end."""
     path = tmp_path / "a.pt"
-    sampling.save_text(path, "old")
+    sampling.save_text(path, ["old"])
     done = subprocess.run([sys.executable, "-c", LIMITED, path, str(limit)], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 1  # an exception, not the signal of an abort
-    assert done.stderr.splitlines()[-1].endswith(f"BadInput: cannot write {path}: File too large")
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    last = done.stderr.splitlines()[-1]
+    assert f"UserError: cannot write {path}: " in last and "File too large" in last
+    assert path.read_text() == "old\n" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
     """Killed at the rename: the new content lies beside, complete, and the old file is untouched."""
     path, seen, replace = tmp_path / "a.txt", [], os.replace
-    sampling.save_text(path, "old")
+    sampling.save_text(path, ["old"])
 
     def spied(source, target):
         seen.append((Path(source).read_bytes(), Path(target).read_bytes()))
         return replace(source, target)
 
     monkeypatch.setattr(os, "replace", spied)
-    sampling.save_text(path, "new")
-    assert seen == [(b"new", b"old")] and path.read_bytes() == b"new"
+    sampling.save_text(path, ["new"])
+    assert seen == [(b"new\n", b"old\n")] and path.read_bytes() == b"new\n"
 
 
-def test_a_kill_between_the_two_renames_of_the_adapter(tmp_path, rounds):
-    """The old adapter had stepped aside and the new one was not there yet: the old one counts."""
+@pytest.mark.parametrize("left_of_the_old", ["all", "half", "nothing"])
+def test_a_kill_after_the_new_adapter_is_complete(tmp_path, rounds, left_of_the_old):
+    """Its training.json, the last file, is there: the next stage finishes the replacement."""
     run = shutil.copytree(rounds.ready, tmp_path / "run")
-    whole = contents(run)
-    (run / "adapter").rename(run / "adapter.previous")
     shutil.copytree(rounds.again / "adapter", run / "adapter.part")
-    state = sampling.read_state(run)
-    assert state["round"] == 1 and state["adapter"] == run / "adapter" and (run / "adapter").is_dir()
-    call("05_train.py", "--run", run)  # and what lies around does not disturb the next training
+    if left_of_the_old == "half":
+        (run / "adapter" / "training.json").unlink()
+    if left_of_the_old == "nothing":
+        shutil.rmtree(run / "adapter")
     assert sampling.read_state(run)["round"] == 2
-    assert contents(run)[Path("rollouts.pt")] == whole[Path("rollouts.pt")]
-    assert not (run / "adapter.part").exists() and not (run / "adapter.previous").exists()
+    assert contents(run / "adapter") == contents(rounds.again / "adapter") and not (run / "adapter.part").exists()
 
 
-def test_a_kill_while_the_adapter_is_replaced(tmp_path, rounds, monkeypatch):
-    """The second rename never happens; the run is where it was before training."""
+def killed(*args, **named):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["peft.PeftModel.save_pretrained", "torch.save", "json.dumps"])
+def test_a_kill_before_the_new_adapter_is_complete(tmp_path, rounds, monkeypatch, where):
+    """The old adapter counts; what lies beside it is replaced by the next training."""
     run = shutil.copytree(rounds.ready, tmp_path / "run")
-    rename = Path.rename
-
-    def killed(self, target):
-        if Path(self).name == "adapter.part":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr(where, killed)
     refusal("05_train.py", "--run", run)
     monkeypatch.undo()
     assert sampling.read_state(run)["round"] == 1
     assert contents(run / "adapter") == contents(rounds.ready / "adapter")
+    call("05_train.py", "--run", run)
+    assert sampling.read_state(run)["round"] == 2 and not (run / "adapter.part").exists()
 
 
-def test_a_kill_between_train_csv_and_the_adapter(tmp_path, rounds, monkeypatch):
-    """The rows of that training are replaced by those of the next try; older rounds' stay."""
+@pytest.mark.parametrize("where", ["torch.save", "shutil.rmtree", "pathlib.Path.rename"])
+def test_no_earlier_adapter_comes_back(tmp_path, rounds, monkeypatch, where):
+    """After a kill, whoever removes adapter/ never finds the one of round 1 again."""
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    monkeypatch.setattr(where, killed)
+    refusal("05_train.py", "--run", run)
+    monkeypatch.undo()
+    shutil.rmtree(run / "adapter", ignore_errors=True)
+    assert sampling.read_state(run)["round"] in (0, 2)
+
+
+def test_a_kill_in_the_middle_of_training(tmp_path, rounds, monkeypatch):
+    """The rows so far stay; running on leaves each (round, step) once, and those of older rounds."""
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     before = (run / "train.csv").read_text()
+    training, updates = import_module("05_train"), []
+    train_step = training.train_step
 
-    def killed(*args):
-        raise KeyboardInterrupt
+    def killed_at_the_second(*args):
+        updates.append(1)
+        return killed() if len(updates) == 2 else train_step(*args)
 
-    monkeypatch.setattr(import_module("05_train"), "save_adapter", killed)
+    monkeypatch.setattr(training, "train_step", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        import_module("05_train").main(parsed("05_train.py", "--run", run, "--method", "grpo"))
+        training.main(parsed("05_train.py", "--run", run, "--prompts-per-step", 1))
     monkeypatch.undo()
-    assert len((run / "train.csv").read_text().splitlines()) == len(before.splitlines()) + 1
-    call("05_train.py", "--run", run)
     after = (run / "train.csv").read_text()
-    assert after.startswith(before) and len(after.splitlines()) == len(before.splitlines()) + 1
-    assert "leaf" in after.splitlines()[-1]
+    assert after.startswith(before) and after.splitlines()[-1].startswith("2,2,leaf,")
+    assert len(after.splitlines()) == len(before.splitlines()) + 1
+    call("05_train.py", "--run", run, "--prompts-per-step", 1)
+    steps = [line.split(",")[:2] for line in (run / "train.csv").read_text().splitlines()[1:]]
+    assert steps == [["1", "1"], ["2", "2"], ["2", "3"]]
+
+
+def test_bytes_that_are_no_text_in_a_table_cost_no_work(tmp_path, rounds):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    (run / "train.csv").write_bytes((run / "train.csv").read_bytes() + b"a note: \xff\n")
+    call("05_train.py", "--run", run)
+    lines = (run / "train.csv").read_text(encoding="utf-8").splitlines()
+    assert "a note" in lines[2] and lines[3].startswith("2,2,leaf,")
+    (run / "eval.csv").write_bytes(b"\xff\n")
+    call("06_eval.py", "--run", run, "--manifest", TEST, "--num-prompts", 1, "--passes", 1, "--max-new-tokens", 2)
+    assert len((run / "eval.csv").read_text(encoding="utf-8").splitlines()) == 4
 
 
 def test_a_training_that_starts_anew_leaves_no_rows_of_the_one_before(tmp_path, rounds):
@@ -427,14 +460,18 @@ def test_a_training_that_starts_anew_leaves_no_rows_of_the_one_before(tmp_path, 
         assert (run / "train.csv").read_text().splitlines()[-1].startswith("1,1,leaf,")
 
 
-def test_a_gradient_that_is_no_number_is_not_followed(tmp_path, rounds):
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_a_gradient_that_is_no_number_is_not_followed(tmp_path, rounds, prompt):
+    """The adapter stays as it was; train.csv keeps the rows of the updates before, if there were any."""
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     advantages = torch.load(run / "advantages.pt", weights_only=True)
-    advantages["prompts"][0]["leaf"][0, 0] = float("nan")
+    advantages["prompts"][prompt]["leaf"][0, 0] = float("nan")
     torch.save(advantages, run / "advantages.pt")
     before = contents(run)
-    assert "--learning-rate" in refusal("05_train.py", "--run", run)
-    assert contents(run) == before
+    assert "--learning-rate" in refusal("05_train.py", "--run", run, "--prompts-per-step", 1)
+    after = contents(run)
+    rows = after.pop(Path("train.csv")).decode().removeprefix(before.pop(Path("train.csv")).decode())
+    assert after == before and [row.split(",")[:2] for row in rows.splitlines()] == [["2", "2"]] * prompt
 
 
 def test_no_longest_gradient(sampled):
@@ -463,7 +500,7 @@ def test_output_that_is_collected(rounds, tmp_path):
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     with contextlib.redirect_stdout(io.StringIO()) as said:
         call("03_tree.py", "--run", run)
-    assert "Forks before" in said.getvalue()
+    assert "Boundaries:" in said.getvalue()
 
 
 def test_a_reader_who_has_read_enough(rounds, monkeypatch):

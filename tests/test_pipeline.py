@@ -1,6 +1,7 @@
 """The six scripts, run as a user runs them: their files, their tables, and that they repeat."""
 import csv
 import json
+import re
 import shutil
 import statistics
 from importlib import import_module
@@ -12,7 +13,7 @@ from conftest import MODEL, SCRIPTS, TEST, TRAIN, call, load, parsed, sampled_ro
 from safetensors.torch import load_file, save_file
 
 sampling = import_module("01_sample")
-credit = import_module("04_advantage")
+advantage = import_module("04_advantage")
 
 N, K, LIMIT = 3, 8, 24
 STAGES = ["rollouts", "surprisal", "tree", "advantages"]
@@ -95,22 +96,22 @@ def check_advantages(prompt, found, earned):
     """Shapes, zeros at padding, and every token of a response in exactly one of its spans."""
     K, T = prompt["responses"].shape
     rewards = earned["rewards"]
-    assert rewards.shape == (K,) and rewards.tolist() == pytest.approx(credit.prompt_rewards(prompt))
+    assert rewards.shape == (K,) and rewards.tolist() == pytest.approx(advantage.prompt_rewards(prompt))
     members = found["nodes"]["members"].float()
     assert earned["node_value"].shape == (len(members),)
     torch.testing.assert_close(earned["node_value"], members @ rewards / members.sum(dim=1))
-    standard = credit.zscore(earned["spans"])
+    standard = advantage.zscore(earned["spans"])
     for i, length in enumerate(prompt["lengths"].tolist()):
         starts, ends = [[span[k] for span in earned["spans"][i]] for k in (0, 1)]
         assert starts == [0, *ends[:-1]] and ends[-1] >= length
         wanted = torch.zeros(T)
-        for start, end, advantage in standard[i]:
-            wanted[start:end] = advantage
+        for start, end, value in standard[i]:
+            wanted[start:end] = value
         wanted[length:] = 0
         torch.testing.assert_close(earned["leaf"][i], wanted)
         assert earned["leaf"][i, length:].eq(0).all() and earned["grpo"][i, length:].eq(0).all()
         assert earned["grpo"][i, :length].tolist() == pytest.approx(
-            [credit.grpo_advantages(rewards)[i].item()] * length, abs=1e-6)
+            [advantage.grpo_advantages(rewards)[i].item()] * length, abs=1e-6)
     assert earned["leaf"].dtype == earned["grpo"].dtype == torch.float32
 
 
@@ -120,10 +121,10 @@ def test_advantages_of_trees_made_by_hand(handmade):
     stages = [load(handmade, name)["prompts"] for name in ("rollouts", "tree", "advantages")]
     for prompt, found, earned in zip(*stages):
         check_advantages(prompt, found, earned)
-    nested, twins, alike = stages[1]
+    nested, identical, _ = stages[1]
     assert nested["boundaries"].tolist() == [2, 4] and nested["nodes"]["boundary"].tolist() == [2, 4]
     assert nested["nodes"]["members"].tolist() == [[True, True, True, False], [True, True, False, False]]
-    assert twins["nodes"]["boundary"].tolist() == [2, 2, 4, 4]
+    assert identical["nodes"]["boundary"].tolist() == [2, 2, 4, 4]
     assert stages[2][2]["leaf"].eq(0).all() and stages[2][2]["grpo"].eq(0).all()
 
 
@@ -163,9 +164,9 @@ def test_rewards_all_alike_are_said(handmade, capsys):
 def test_rewards_may_be_whole_numbers(handmade, monkeypatch, rewards):
     """A unit test's, say; they are asked for once a prompt, and the picture shows the saved ones."""
     call("03_tree.py", "--run", handmade)
-    credit, asked = import_module("04_advantage"), []
-    monkeypatch.setattr(credit, "prompt_rewards", lambda prompt: (asked.append(prompt["id"]), rewards)[1])
-    credit.main(parsed("04_advantage.py", "--run", handmade))
+    advantage, asked = import_module("04_advantage"), []
+    monkeypatch.setattr(advantage, "prompt_rewards", lambda prompt: (asked.append(prompt["id"]), rewards)[1])
+    advantage.main(parsed("04_advantage.py", "--run", handmade))
     assert load(handmade, "advantages")["prompts"][0]["rewards"].tolist() == [float(reward) for reward in rewards]
     assert len(asked) == len(set(asked)) == 3
 
@@ -210,14 +211,30 @@ def test_train_csv(pipeline):
     assert float(rows[0]["kl"]) == 0 and float(rows[0]["clipped"]) == 0
 
 
+def test_05_prints_a_line_per_update(tmp_path, rounds, capfd):
+    """As the update happens, and with the numbers of train.csv."""
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    call("05_train.py", "--run", run, "--prompts-per-step", 1)
+    found = re.findall(r"step (\d+) \| reward ([\d.]+) \| alike ([\d.]+) \| kl ([\d.]+) \| clipped ([\d.]+)% "
+                       r"\| length ([\d.]+) \| grad ([\d.]+) \| ([\d.]+) s\n", capfd.readouterr().out)
+    columns = "step reward alike kl clipped length grad_norm seconds".split()
+    rows = table(run / "train.csv")
+    assert [row["step"] for row in rows] == [line[0] for line in found] == ["1", "2"]
+    for line, row in zip(found, rows):
+        shown = dict(zip(columns, map(float, line)))
+        shown["clipped"] /= 100
+        assert shown == pytest.approx({name: float(row[name]) for name in columns}, abs=0.051)
+
+
 def test_eval_csv(pipeline):
     rows = table(pipeline.run / "eval.csv")
     assert list(rows[0]) == ["round", "step", "method", "bleu_sampled", "bleu_sampled_std", "bleu_greedy",
-                             "exact_match"]
+                             "exact_match", "manifest", "prompts", "temperature"]
     assert [(row["round"], row["step"], row["method"]) for row in rows] == [
         ("0", "0", "base"), ("2", "2", "leaf")]
     for row in rows:
-        assert all(0 <= float(row[name]) <= 100 for name in list(row)[3:])
+        assert (row["manifest"], row["prompts"], row["temperature"]) == ("tests/demo/test.jsonl", "4", "0.9")
+        assert all(0 <= float(row[name]) <= 100 for name in list(row)[3:7])
         assert 4 * float(row["exact_match"]) / 100 in range(5)
 
 
@@ -245,10 +262,10 @@ def test_the_scores_are_those_of_either_models_answers(tmp_path, rounds):
     """Base and adapter (made strong, so that they differ), sampled and greedy, by the parts of 01.
     Two references are the base's answers, one of them in capitals: BLEU ignores case, exact match
     does not."""
-    def load_and_ask(adapter, K, temperature, seed=5):
+    def load_and_ask(adapter, K, temperature):
         model, processor = sampling.load_model(str(MODEL), adapter)
-        embeds = list(sampling.embed_examples(model, processor, examples, "", False))
-        torch.manual_seed(seed)
+        embeds = sampling.embed_examples(model, processor, examples, "", False)
+        torch.manual_seed(1000 * 5)
         sampled = sampling.sample_all(model, embeds, 32, K, 24, temperature, 0.9)
         return [processor.tokenizer.batch_decode([r[k, :n[k]] for r, n in sampled], skip_special_tokens=True)
                 for k in range(K)]
@@ -260,12 +277,14 @@ def test_the_scores_are_those_of_either_models_answers(tmp_path, rounds):
     examples = sampling.read_manifest(TEST)[:4]
     [answered] = load_and_ask(None, 1, 0)
     examples[0]["reference"], examples[1]["reference"] = answered[0], answered[1].upper()
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(example) for example in [
+    manifest = tmp_path / 'my "test", 1.jsonl'
+    manifest.write_text("\n".join(json.dumps(example) for example in [
         {**example, "audio": str(Path(example["audio"]).resolve())} for example in examples]))
-    call("06_eval.py", "--run", run, "--manifest", tmp_path / "test.jsonl", "--passes", 3,
+    call("06_eval.py", "--run", run, "--manifest", manifest, "--passes", 3,
          "--max-new-tokens", 24, "--seed", 5)
     rows, references = table(run / "eval.csv"), [example["reference"] for example in examples]
     for row, adapter in zip(rows, (None, run / "adapter"), strict=True):
+        assert row["manifest"] == str(manifest)
         passes, [greedy] = load_and_ask(adapter, 3, 0.9), load_and_ask(adapter, 1, 0)
         bleus = [evaluation.corpus_bleu(texts, references, lowercase=True) for texts in passes]
         exact = [text == reference for text, reference in zip(greedy, references)]
@@ -278,19 +297,19 @@ def test_the_scores_are_those_of_either_models_answers(tmp_path, rounds):
 
 
 def test_many_test_prompts_are_evaluated_a_group_at_a_time(tmp_path, rounds, monkeypatch):
-    evaluation, found, heard = import_module("06_eval"), [], []
-    listen = sampling.embed_examples
+    evaluation, found, sizes = import_module("06_eval"), [], []
+    embed_examples = sampling.embed_examples
     monkeypatch.setattr(evaluation.sampling, "embed_examples",
-                        lambda *args: (heard.append(len(args[2])), listen(*args))[1])
+                        lambda *args: (sizes.append(len(args[2])), embed_examples(*args))[1])
     for size in (256, 2):
         run = shutil.copytree(rounds.trained, tmp_path / str(size))
-        monkeypatch.setattr(evaluation, "GROUP", size)
+        monkeypatch.setattr(evaluation, "PROMPTS_IN_MEMORY", size)
         evaluation.main(parsed("06_eval.py", "--run", run, "--manifest", TEST, "--num-prompts", 5,
                                "--max-new-tokens", 16, "--passes", 1))
         rows = table(run / "eval.csv")
         found.append([(run / "predictions.jsonl").read_text()]
                      + [(row["method"], row["bleu_greedy"], row["exact_match"]) for row in rows])
-    assert heard == [5, 2, 2, 1] and found[0] == found[1] and len(found[0]) == 3
+    assert sizes == [5, 2, 2, 1] and found[0] == found[1] and len(found[0]) == 3
 
 
 def test_evaluation_is_added_and_repeats(tmp_path, rounds):
@@ -321,7 +340,7 @@ def test_every_stage_says_what_it_wrote_and_ends_in_an_example(pipeline):
 
 
 def test_long_work_has_progress_bars_and_03_and_04_none(pipeline):
-    for script, word in [("01_sample.py", "listening"), ("01_sample.py", "sampling"),
+    for script, word in [("01_sample.py", "encoding audio"), ("01_sample.py", "sampling"),
                          ("02_surprisal.py", "scoring"), ("05_train.py", "training")]:
         assert word in pipeline.said[0][script].stderr and "100%" in pipeline.said[0][script].stderr
     assert pipeline.said[0]["03_tree.py"].stderr == pipeline.said[0]["04_advantage.py"].stderr == ""
@@ -399,11 +418,12 @@ def test_defaults_are_those_of_the_paper_and_the_readme(script, wanted):
 
 
 def test_defaults_on_a_gpu(monkeypatch):
-    """It takes more prompts in a pass than a CPU, and keeps less of each."""
+    """A run is the same on every machine: only the device is another."""
+    on_cpu = [vars(parsed(script)) for script in SCRIPTS]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = [parsed(script) for script in SCRIPTS if script[:2] not in ("03", "04")]
-    assert [options.prompts_per_batch for options in found] == [32, 4, 4, 32]
-    assert all(options.device == "cuda" for options in found) and found[2].gradient_checkpointing
+    on_gpu = [vars(parsed(script)) for script in SCRIPTS]
+    assert [options.get("device") for options in on_gpu] == ["cuda", "cuda", None, None, "cuda", "cuda"]
+    assert on_gpu == [{**options, "device": "cuda"} if "device" in options else options for options in on_cpu]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, SMALL, load, parsed
+from conftest import MODEL, load
 
 sampling = import_module("01_sample")
 
@@ -20,9 +20,9 @@ def no_end(demo, monkeypatch):
 
 
 @pytest.fixture
-def greedy(no_end, heard):
+def greedy(no_end, prompt_embeds):
     """What the four prompts are answered greedily, LIMIT tokens each."""
-    return [responses[0] for responses, _ in sampling.sample_responses(no_end, heard, 1, LIMIT, 0, 1.0)]
+    return [responses[0] for responses, _ in sampling.sample_responses(no_end, prompt_embeds, 1, LIMIT, 0, 1.0)]
 
 
 def whole_forward(model, embeds, tokens):
@@ -34,9 +34,9 @@ def whole_forward(model, embeds, tokens):
 
 # What the language model hears.
 
-def test_embeddings_are_those_of_the_models_own_forward(demo, examples, heard):
+def test_embeddings_are_those_of_the_models_own_forward(demo, examples, prompt_embeds):
     model, processor = demo
-    for example, embeds in zip(examples[:2], heard):
+    for example, embeds in zip(examples[:2], prompt_embeds):
         text = sampling.render_prompt(processor, example["prompt"])
         wave = sampling.load_audio(example["audio"], 16000)
         with torch.no_grad():
@@ -45,9 +45,9 @@ def test_embeddings_are_those_of_the_models_own_forward(demo, examples, heard):
         torch.testing.assert_close(sampling.logits_of(model, hidden), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_embeddings_do_not_depend_on_what_was_heard_before(demo, examples, heard):
+def test_embeddings_do_not_depend_on_the_clips_before(demo, examples, prompt_embeds):
     again = list(sampling.embed_examples(*demo, examples[::-1], "", False))[::-1]
-    assert all(torch.equal(a, b) for a, b in zip(again, heard))
+    assert all(torch.equal(a, b) for a, b in zip(again, prompt_embeds))
     assert all(e.dtype == torch.float32 and not e.requires_grad for e in again)
 
 
@@ -60,9 +60,9 @@ def test_the_recording_is_heard(demo, examples):
     assert a.shape == b.shape and not torch.allclose(a, b, atol=1e-3)
 
 
-def test_the_hook_is_gone_afterwards(demo, heard):
+def test_the_hook_is_gone_afterwards(demo, prompt_embeds):
     with torch.no_grad():
-        demo[0].get_decoder()(inputs_embeds=heard[0][None])
+        demo[0].get_decoder()(inputs_embeds=prompt_embeds[0][None])
 
 
 @pytest.mark.parametrize("prompt", ["Translate.", "<audio> Translate.", "Listen: <audio> and translate."])
@@ -77,7 +77,7 @@ def test_a_prompt_has_one_place_for_the_recording(demo, prompt):
 
 
 def test_a_prompt_with_the_placeholder_itself_is_refused(demo):
-    with pytest.raises(sampling.BadInput, match="write <audio>"):
+    with pytest.raises(sampling.UserError, match="write <audio>"):
         sampling.render_prompt(demo[1], "Listen to <|AUDIO|> and answer.")
 
 
@@ -139,56 +139,56 @@ def test_rows_are_drawn_on_their_own():
 
 # Whole responses.
 
-def test_greedy_decoding_equals_the_models_own_forward(no_end, heard, greedy):
+def test_greedy_decoding_equals_the_models_own_forward(no_end, prompt_embeds, greedy):
     """Prompts of different lengths, padded and with a cache, against whole passes without either."""
-    for embeds, tokens in zip(heard, greedy):
+    for embeds, tokens in zip(prompt_embeds, greedy):
         logits = whole_forward(no_end, embeds, tokens)
         lead = logits.max(dim=1).values - logits.gather(1, tokens[:, None])[:, 0]
         assert len(tokens) == LIMIT and lead.max() < 1e-4
 
 
-def test_a_response_sees_its_prompt_and_itself_alone(no_end, heard, monkeypatch):
+def test_a_response_sees_its_prompt_and_itself_alone(no_end, prompt_embeds, monkeypatch):
     """K different responses share a row of the cache; the logits that each was drawn from, step by
     step, are those of the model's own pass over prompt and response."""
     seen, draw = [], sampling.choose_tokens
     monkeypatch.setattr(sampling, "choose_tokens",
                         lambda logits, *settings: (seen.append(logits), draw(logits, *settings))[1])
     torch.manual_seed(0)
-    sampled = sampling.sample_responses(no_end, heard, 3, LIMIT, 2.0, 1.0)
-    steps = torch.stack(seen).view(LIMIT, len(heard), 3, -1)
+    sampled = sampling.sample_responses(no_end, prompt_embeds, 3, LIMIT, 2.0, 1.0)
+    steps = torch.stack(seen).view(LIMIT, len(prompt_embeds), 3, -1)
     for n, (responses, _) in enumerate(sampled):
         assert len({tuple(row) for row in responses.tolist()}) == 3
         for k, tokens in enumerate(responses):
-            torch.testing.assert_close(steps[:, n, k], whole_forward(no_end, heard[n], tokens),
+            torch.testing.assert_close(steps[:, n, k], whole_forward(no_end, prompt_embeds[n], tokens),
                                        atol=1e-3, rtol=0)
 
 
-def test_a_prompt_alone_is_answered_as_in_a_batch(no_end, heard, greedy):
-    for embeds, tokens in zip(heard, greedy):
+def test_a_prompt_alone_is_answered_as_in_a_batch(no_end, prompt_embeds, greedy):
+    for embeds, tokens in zip(prompt_embeds, greedy):
         [(alone, _)] = sampling.sample_responses(no_end, [embeds], 1, LIMIT, 0, 1.0)
         assert alone[0].tolist() == tokens.tolist()
 
 
-def test_responses_end_with_any_end_token_and_leave_the_others_alone(demo, heard, greedy, monkeypatch):
+def test_responses_end_with_any_end_token_and_leave_the_others_alone(demo, prompt_embeds, greedy, monkeypatch):
     """Tokens of the greedy answers become end tokens: three equal rows a prompt end where they come
     first, at different steps, and go on as before until then."""
     ends = [int(greedy[0][2]), int(greedy[1][5]), int(greedy[2][9])]
     monkeypatch.setattr(demo[0].generation_config, "eos_token_id", ends)
     for (responses, lengths), whole in zip(
-            sampling.sample_responses(demo[0], heard, 3, LIMIT, 0, 1.0), greedy):
+            sampling.sample_responses(demo[0], prompt_embeds, 3, LIMIT, 0, 1.0), greedy):
         places = [t for t, token in enumerate(whole.tolist()) if token in ends]
         length = places[0] + 1 if places else LIMIT
         assert lengths.tolist() == [length] * 3
         assert responses.tolist() == [whole[:length].tolist()] * 3
 
 
-def test_lengths_padding_and_ends(demo, heard, monkeypatch):
+def test_lengths_padding_and_ends(demo, prompt_embeds, monkeypatch):
     """A fifth of the vocabulary ends a response, so that lengths differ within every prompt."""
     ends = list(range(1, 512, 5))
     monkeypatch.setattr(demo[0].generation_config, "eos_token_id", ends)
     torch.manual_seed(0)
-    sampled = sampling.sample_responses(demo[0], heard, 8, LIMIT, 3.0, 1.0)
-    assert len(sampled) == len(heard)
+    sampled = sampling.sample_responses(demo[0], prompt_embeds, 8, LIMIT, 3.0, 1.0)
+    assert len(sampled) == len(prompt_embeds)
     for responses, lengths in sampled:
         assert responses.dtype == lengths.dtype == torch.int64
         assert responses.shape == (8, int(lengths.max())) and lengths.min() >= 1
@@ -199,22 +199,22 @@ def test_lengths_padding_and_ends(demo, heard, monkeypatch):
     assert len({int(length) for _, lengths in sampled for length in lengths}) > 3
 
 
-def test_one_token_is_a_response(demo, heard):
-    [(responses, lengths)] = sampling.sample_responses(demo[0], heard[:1], 2, 1, 1.0, 0.9)
+def test_one_token_is_a_response(demo, prompt_embeds):
+    [(responses, lengths)] = sampling.sample_responses(demo[0], prompt_embeds[:1], 2, 1, 1.0, 0.9)
     assert responses.shape == (2, 1) and lengths.tolist() == [1, 1]
 
 
-def test_the_seed_decides(no_end, heard):
+def test_the_seed_decides(no_end, prompt_embeds):
     def draw(seed):
         torch.manual_seed(seed)
-        return torch.cat([r for r, _ in sampling.sample_responses(no_end, heard, 4, LIMIT, 2.0, 1.0)])
+        return torch.cat([r for r, _ in sampling.sample_responses(no_end, prompt_embeds, 4, LIMIT, 2.0, 1.0)])
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert len({tuple(row) for row in draw(1).tolist()}) > 4  # and rows of a prompt are not alike
 
 
-def test_many_prompts_come_back_in_their_order(no_end, heard, greedy):
-    found = sampling.sample_all(no_end, heard, 3, 1, LIMIT, 0, 1.0)
+def test_many_prompts_come_back_in_their_order(no_end, prompt_embeds, greedy):
+    found = sampling.sample_all(no_end, prompt_embeds, 3, 1, LIMIT, 0, 1.0)
     assert [responses[0].tolist() for responses, _ in found] == [tokens.tolist() for tokens in greedy]
 
 
@@ -225,26 +225,6 @@ def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer(demo):
     assert set(model.generation_config.eos_token_id) == {*listed, processor.tokenizer.eos_token_id}
 
 
-def test_embeddings_wait_on_the_disk_and_leave_nothing_there(tmp_path, heard):
-    for embeds in (heard[0], heard[1].bfloat16()):
-        [waiting] = sampling.to_disk([embeds], tmp_path / "run")
-        assert waiting.dtype == embeds.dtype and torch.equal(waiting, embeds)
-    assert not list((tmp_path / "run").iterdir())
-
-
-def test_01_holds_what_one_pass_hears(tmp_path, monkeypatch):
-    """What is sampled from is what waits on the disk, put there a pass at a time."""
-    waiting, to_disk, given, sample = [], sampling.to_disk, [], sampling.sample_all
-    monkeypatch.setattr(sampling, "to_disk",
-                        lambda group, folder: (waiting.append(to_disk(group, folder)), waiting[-1])[1])
-    monkeypatch.setattr(sampling, "sample_all",
-                        lambda model, embeds, *settings: (given.extend(embeds), sample(model, embeds, *settings))[1])
-    sampling.main(parsed("01_sample.py", "--run", tmp_path, *SMALL, "--num-prompts", 3,
-                         "--prompts-per-batch", 2))
-    assert [len(group) for group in waiting] == [2, 1]
-    assert all(embeds is kept for embeds, kept in zip(given, waiting[0] + waiting[1], strict=True))
-
-
 # Text, and the order of the prompts.
 
 @pytest.mark.parametrize("text", ["", "Grüße an alle", "Zeit: 5 Uhr\nTschüß 😀 日本", "  two  spaces "])
@@ -252,7 +232,7 @@ def test_ends_count_the_characters_that_are_complete(demo, text):
     """Byte tokens: an umlaut or an emoji spans several and counts with the last of them."""
     tokenizer = demo[1].tokenizer
     tokens = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    [spelled], [ends] = sampling.spell(tokenizer, torch.tensor([tokens]), torch.tensor([len(tokens)]))
+    [spelled], [ends] = sampling.decode_responses(tokenizer, torch.tensor([tokens]), torch.tensor([len(tokens)]))
     assert spelled == text and int(ends[-1]) == len(text)
     spent = 0
     for token, end in zip(tokens[:-1], ends.tolist()):

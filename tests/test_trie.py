@@ -94,13 +94,13 @@ def test_mask_by_hand():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_equal_separate_passes(policy, heard, shape):
+def test_values_and_gradients_equal_separate_passes(policy, prompt_embeds, shape):
     responses, lengths = padded(SHAPES[shape])
     weights = torch.randn(responses.shape, generator=torch.Generator().manual_seed(1))
     found, gradients = [], []
     for score in (apart, together):
         policy.zero_grad()
-        logp = score(policy, heard[1], responses, lengths)
+        logp = score(policy, prompt_embeds[1], responses, lengths)
         (logp * weights).sum().backward()
         found.append(logp.detach())
         gradients.append({name: weight.grad.clone() for name, weight in policy.named_parameters()
@@ -113,19 +113,19 @@ def test_values_and_gradients_equal_separate_passes(policy, heard, shape):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_random_responses_equal_separate_passes(demo, heard):
+def test_random_responses_equal_separate_passes(demo, prompt_embeds):
     model, _ = demo
     for seed in range(3):
         responses, lengths = padded(random_responses(seed))
         with torch.no_grad():
-            torch.testing.assert_close(together(model, heard[seed], responses, lengths),
-                                       apart(model, heard[seed], responses, lengths), atol=1e-4, rtol=0)
+            torch.testing.assert_close(together(model, prompt_embeds[seed], responses, lengths),
+                                       apart(model, prompt_embeds[seed], responses, lengths), atol=1e-4, rtol=0)
 
 
-def test_prompts_of_one_batch_do_not_touch_each_other(policy, heard):
+def test_prompts_of_one_batch_do_not_touch_each_other(policy, prompt_embeds):
     """Rows of different lengths, values and gradients: as one by one."""
     prompts = []
-    for embeds, shape in zip(heard, ("mixed", "one token", "nothing shared", "identical")):
+    for embeds, shape in zip(prompt_embeds, ("mixed", "one token", "nothing shared", "identical")):
         responses, lengths = padded(SHAPES[shape])
         prompts.append({"embeds": embeds, "responses": responses, "lengths": lengths})
     found, gradients = [], []
@@ -151,19 +151,19 @@ def test_prompts_of_one_batch_do_not_touch_each_other(policy, heard):
         torch.testing.assert_close(gradients[0][name], gradient, atol=1e-3, rtol=1e-3, msg=name)
 
 
-def test_order_of_the_responses_does_not_matter(demo, heard):
+def test_order_of_the_responses_does_not_matter(demo, prompt_embeds):
     responses, lengths = padded(RAGGED)
     order = torch.tensor([5, 0, 3, 1, 4, 2])
     with torch.no_grad():
-        straight = together(demo[0], heard[0], responses, lengths)
-        shuffled = together(demo[0], heard[0], responses[order], lengths[order])
+        straight = together(demo[0], prompt_embeds[0], responses, lengths)
+        shuffled = together(demo[0], prompt_embeds[0], responses[order], lengths[order])
     torch.testing.assert_close(shuffled, straight[order], atol=1e-5, rtol=0)
 
 
-def test_log_probabilities_are_those_of_the_full_softmax(demo, heard):
+def test_log_probabilities_are_those_of_the_full_softmax(demo, prompt_embeds):
     """Over all V first tokens, each a response of its own, the probabilities sum to 1."""
     model, _ = demo
     V = model.config.get_text_config().vocab_size
     with torch.no_grad():
-        logp = together(model, heard[0], torch.arange(V)[:, None], torch.ones(V, dtype=torch.int64))
+        logp = together(model, prompt_embeds[0], torch.arange(V)[:, None], torch.ones(V, dtype=torch.int64))
     assert logp.exp().sum().item() == pytest.approx(1, abs=1e-5)

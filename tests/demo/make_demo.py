@@ -14,7 +14,7 @@ it meets sentences strung together on the fly, never one of the test sentences.
 Reads:  two Debian packages: apt-get download asterisk-core-sounds-en-g722 asterisk-core-sounds-en
 Writes: train.jsonl, test.jsonl (id, audio, prompt, reference), train/*.ogg, test/*.ogg, model/
 
-Run:    python tests/make_demo.py --sounds DIR_WITH_DEBS      (needs ffmpeg; an hour on 2 cores)
+Run:    python tests/demo/make_demo.py --sounds DIR_WITH_DEBS      (needs ffmpeg; an hour on 2 cores)
 
 The same seed gives the same clips and prompts, and the same weights as far as the CPU rounds
 alike. With --scratch DIR the weights of each phase are kept, and a phase kept is not redone:
