@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import soundfile
@@ -257,6 +258,7 @@ def load_model(model, adapter=None, device="cpu", audio=True):
     import transformers  # subtle: here, because 03 and 04 import this file and should not wait
     from peft import PeftModel
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries
     try:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         transformers.AutoConfig.from_pretrained(model)  # a hub out of reach fails here, soonest
