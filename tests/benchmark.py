@@ -5,12 +5,12 @@ sampling   usual: generate() for each prompt, its inputs repeated K times. ours:
 scoring    usual: one padded row per response, prompt included. ours: one trie per prompt.
 training   the same two, forward and backward through the LoRA, and AdamW's steps. usual: a second copy
            of the language model as reference lies beside. ours: the reference is the LoRA switched
-           off, and layers are checkpointed where 05 does so by default.
+           off, and on a GPU layers are checkpointed.
 
-Ours takes as many prompts in a pass as the stages do by default. Both ways take turns, a few prompts
-each, so that a noisy machine disturbs them alike; the responses scored and trained on are the same. A
-token is a token of a response, counted K times when shared. Memory is the peak of the GPU's, or of the
-resident process on a CPU (Linux).
+Ours takes as many prompts in a pass as the stages do by default; on a GPU, 32 in sampling and 4 in
+scoring and training. Both ways take turns, a few prompts each, so that a noisy machine disturbs them
+alike; the responses scored and trained on are the same. A token is a token of a response, counted K
+times when shared. Memory is the peak of the GPU's, or of the resident process on a CPU (Linux).
 
 --config takes a published model at full size on a GPU and shrunk on a CPU (widths, layers and
 vocabulary divided by --shrink), with random weights, which is all that time and memory depend on.
@@ -42,8 +42,11 @@ sys.path.insert(0, str(ROOT))
 from families import (PUBLISHED, family_processor, published_config, random_model,
                       stand_in_for_torchaudio)
 
-sampling, scoring, training = map(import_module, ("01_sample", "02_surprisal", "05_train"))
-SECONDS, ANSWER = 12.5, 35  # a clip's length, an answer's number of tokens, with --config
+sampling = import_module("01_sample")
+scoring = import_module("02_surprisal")
+training = import_module("05_train")
+SECONDS = 12.5  # a clip's length, with --config
+ANSWER = 35  # an answer's number of tokens, with --config
 
 
 class Way:
@@ -76,7 +79,8 @@ class Way:
 
 def generate_each(model, processor, examples, args):
     """The usual sampling: processor and generate() per prompt, everything K times."""
-    tokens, eos = 0, torch.tensor(model.generation_config.eos_token_id, device=model.device)
+    tokens = 0
+    eos = torch.tensor(model.generation_config.eos_token_id, device=model.device)
     extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
     for example in examples:
         text = sampling.render_prompt(processor, example["prompt"])
@@ -134,7 +138,8 @@ def train(logps, model, optimizer, prompts, prompts_per_batch, prompts_per_step)
         for part in sampling.chunks(batch, prompts_per_batch):
             losses = []
             for logp, prompt in zip(logps(model, part), part):
-                now, mask = logp.detach(), scoring.response_mask(prompt)
+                now = logp.detach()
+                mask = scoring.response_mask(prompt)
                 losses.append(training.policy_loss(logp, now, now, torch.ones_like(now), mask, 0.2, 0.02))
             sum(losses).backward()
         optimizer.step()
@@ -154,15 +159,20 @@ def train_shared(model, optimizer, prompts, options):
 
 
 def options_of(stage, run):
-    """A stage's options as they are by default on this machine."""
+    """A stage's options: its defaults, and on a GPU those that fit one."""
     sys.argv = [stage.__name__, "--run", run]
+    if torch.cuda.is_available() and stage is sampling:
+        sys.argv += ["--prompts-per-batch", "32"]
+    elif torch.cuda.is_available():  # scoring takes the options of training
+        sys.argv += ["--prompts-per-batch", "4", "--gradient-checkpointing"]
     return stage.parse_args()
 
 
 def take_turns(name, usual, ours, items, per_turn=8, beside=None):
     """Both ways on all items, per_turn at a time; prints their row of the table."""
     ways = Way(), Way()
-    usual(items[:1]), ours(items[:1])  # warm-up
+    usual(items[:1])  # warm-up
+    ours(items[:1])
     for some in sampling.chunks(items, per_turn):
         ways[0].turn(usual, some, beside)
         ways[1].turn(ours, some)
@@ -201,7 +211,8 @@ def published_model(args, device, run):
     warnings.filterwarnings("ignore", category=FutureWarning)
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tests/demo/model")
     config = published_config(args.config, tokenizer, shrink)
-    model, processor = random_model(config, tokenizer, device, dtype), family_processor(config, tokenizer)
+    model = random_model(config, tokenizer, device, dtype)
+    processor = family_processor(config, tokenizer)
     model.requires_grad_(False)
     model.generation_config.eos_token_id = [-1]  # never: every answer has the same length
     args.max_new_tokens = ANSWER
@@ -219,12 +230,12 @@ def published_model(args, device, run):
 def describe(name, device, model, prompts, K):
     total = sum(prompt["lengths"].sum().item() for prompt in prompts)
     distinct = sum(len(scoring.build_trie(p["responses"], p["lengths"])[0]) for p in prompts)
-    prompt_embeds = sum(len(prompt["embeds"]) for prompt in prompts) / len(prompts)
+    positions = sum(len(prompt["embeds"]) for prompt in prompts) / len(prompts)
     hardware = (torch.cuda.get_device_name() if device == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
     print(f"{name}, {model.num_parameters() / 1e6:.0f} million parameters, {model.dtype}, on {hardware}\n"
           f"torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%F')}\n"
-          f"{len(prompts)} prompts of {prompt_embeds:.0f} positions, {K} responses each, "
+          f"{len(prompts)} prompts of {positions:.0f} positions, {K} responses each, "
           f"{total / len(prompts) / K:.1f} tokens a response, {distinct / total:.0%} of them when\n"
           "shared beginnings are written once\n")
     print(f"{'':10}{'usual tok/s':>14}{'ours tok/s':>14}{'ratio':>11}{'usual MB':>14}{'ours MB':>14}")
@@ -249,7 +260,8 @@ def main():
             for prompt, embeds in zip(prompts, sampling.embed_examples(model, processor, prompts, "", False)):
                 prompt["embeds"] = embeds
         else:
-            prompts, name = sampled_prompts(args, run), args.model
+            name = args.model
+            prompts = sampled_prompts(args, run)
             model, processor = sampling.load_model(name, None, device)
         describe(name, device, model, prompts, args.num_responses)
         take_turns("sampling", lambda some: generate_each(model, processor, some, args),
@@ -272,7 +284,8 @@ def main():
                    beside=lambda: copy.deepcopy(model.get_base_model().get_decoder()))
         if not args.config:
             seconds_of("02_surprisal.py", "--run", run)
-            tree, advantage = (seconds_of(stage, "--run", run) for stage in ("03_tree.py", "04_advantage.py"))
+            tree = seconds_of("03_tree.py", "--run", run)
+            advantage = seconds_of("04_advantage.py", "--run", run)
             bare = seconds_of("-c", "import torch")
             print(f"\n03_tree.py {tree:.1f} s, 04_advantage.py {advantage:.1f} s; `import torch` alone {bare:.1f} s")
 

@@ -338,7 +338,7 @@ def test_training_takes_little_memory(demo, name, limit):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_cuda_is_refused(folders):
-    with pytest.raises(sampling.UserError, match="cuda"):
+    with pytest.raises(sampling.UserError, match="^cannot load .* on cuda: ."):
         sampling.load_model(folders["granite-4.0-1b-speech"], device="cuda")
 
 

@@ -1,4 +1,4 @@
-"""The README's snippets, run on made-up files in the layout of the original ones."""
+"""The README's commands and snippets; these run on made-up files in the layout of the original ones."""
 import json
 import re
 import subprocess
@@ -10,6 +10,15 @@ import torch
 from conftest import ROOT
 
 sampling = import_module("01_sample")
+
+
+TESTS = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && python -m pytest"
+
+
+def test_ci_runs_the_readmes_line():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    [line] = [line for block in blocks for line in block.splitlines() if line.startswith(TESTS)]
+    assert line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
 def run_snippet(name, folder):
