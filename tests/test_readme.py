@@ -1,4 +1,4 @@
-"""The README's commands and snippets; these run on made-up files in the layout of the original ones."""
+"""The README's commands; the data recipes run on made-up files in the layout of the original ones."""
 import json
 import re
 import subprocess
@@ -21,11 +21,9 @@ def test_ci_runs_the_readmes_line():
     assert line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-def run_snippet(name, folder):
-    """Run the README's Python block that starts with "# name", in folder."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    [code] = [block for block in blocks if block.startswith(f"# {name}")]
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+def run_recipe(corpus, folder):
+    """Write the manifests of a corpus as the README's command does."""
+    subprocess.run([sys.executable, "tests/recipes.py", corpus, folder], cwd=ROOT, check=True)
 
 
 def write_clip(path, seconds=0.5, rate=16000):
@@ -43,7 +41,7 @@ def test_librisqa(tmp_path):
                "answer": "He hoped for \"stew\".", "speech_path": f"{part}/{speaker}/{chapter}/{name}.wav"}
         (tmp_path / "LibriSQA-PartI" / f"LibriSQA-PartI-{split}.json").write_text(
             json.dumps([row], ensure_ascii=False), encoding="utf-8")
-    run_snippet("librisqa.py", tmp_path)
+    run_recipe("librisqa", tmp_path)
     for split, name in (("train", "115-122944-0026"), ("test", "1089-134686-0000")):
         [example] = sampling.read_manifest(tmp_path / f"{split}.jsonl")
         assert example["id"] == name and example["reference"] == "He hoped for \"stew\"."
@@ -55,13 +53,14 @@ def test_librisqa(tmp_path):
 def test_covost2(tmp_path):
     rows = [("a.mp3", "Wenn \"Wasser\" knapp ist.", "train"), ("b.mp3", "Zweitens.", "train_covost"),
             ("c.mp3", "Drittens.", "dev"), ("d.mp3", "Viertens.", "test"), ("e.mp3", " ", "train"),
-            ("gone.mp3", "Ohne Aufnahme.", "train"), ("f.mp3", "Ein \\\\ Strich.", "test")]
+            ("gone.mp3", "Ohne Aufnahme.", "train"), ("empty.mp3", "Leer.", "train"), ("f.mp3", "Ein \\\\ Strich.", "test")]
     for path, *_ in rows:
         if path != "gone.mp3":
             write_clip(tmp_path / "clips" / path, rate=48000)
+    (tmp_path / "clips" / "empty.mp3").write_bytes(b"")
     with open(tmp_path / "covost_v2.en_de.tsv", "w", encoding="utf-8") as file:
         file.write("\n".join("\t".join(row) for row in [("path", "translation", "split"), *rows]) + "\n")
-    run_snippet("covost2.py", tmp_path)
+    run_recipe("covost2", tmp_path)
     found = {split: sampling.read_manifest(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
     assert [(x["id"], x["reference"]) for x in found["train"]] == [
         ("a.mp3", "Wenn \"Wasser\" knapp ist."), ("b.mp3", "Zweitens.")]
