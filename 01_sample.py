@@ -2,26 +2,29 @@
 
 Every method of the GRPO family starts here: K complete responses to each of N spoken prompts,
 sampled independently from the current policy. LEAF needs nothing else. It finds its tree later, in
-these same responses (03): nothing branches while sampling. The audio encoder is frozen. So a clip
+these same responses (03): nothing branches while sampling. The audio encoder is frozen, so a clip
 is encoded once, here, and 02 to 05 read the input embeddings of the language model from a file.
 
 Sizes   T tokens in the longest of K responses, P prompt positions, H hidden width, V vocabulary
 Reads   a manifest (a JSON object a line: audio, prompt, reference), a model, RUN/adapter if there
-Writes  RUN/rollouts.pt, per prompt: id, audio, prompt, reference (str); embeds (P, H), of the
-        model's dtype; responses (K, T) int64, 0 at padding; lengths (K,) int64, with the EOS token;
-        texts (K str); ends (K, T) int64: the tokens 0..t spell texts[k][:ends[k, t]]
+Writes  RUN/rollouts.pt, per prompt: id, audio, prompt, reference (str); embeds (P, H); responses
+        (K, T) int64, 0 at padding; lengths (K,) int64, with the EOS token; texts (K str); ends
+        (K, T) int64: the tokens 0..t spell texts[k][:ends[k, t]]
 Run     python 01_sample.py                                      demo, 2 cores: about 10 s
 Differs from the paper: it trains at once on 6 sampled prompts; here a round has N (05 says more).
 """
 import argparse
+import fcntl
 import hashlib
 import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import soundfile
@@ -47,51 +50,75 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
         content = [{"type": kind, kind: part} for kind, part in parts if part]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = [*system, {"role": "user", "content": content}]
-    return processor.tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered = processor.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # of the template, for instance that it knows no system role
+        raise UserError(f"the chat template fails ({error}): try --raw-prompt") from error
+    if audio_token not in rendered:
+        raise UserError(f"the chat template leaves out {audio_token}: try --raw-prompt")
+    return rendered
 
 class StopForward(Exception):
     """Ends a forward pass before the language model, with the embeddings that would enter it."""
 
 @torch.inference_mode()
-def embed_prompt(model, processor, wave, text):
+def embed_prompt(model, processor, wave, text, name="the clip"):
     """The input embeddings of a prompt: wave (S,) float32, rendered text -> (P, H), on the CPU.
-    Each family merges speech and text in its own way. So its own forward does it, and a hook stops
-    that before the language model. subtle: a clip at a time; Granite's encoder masks no padding."""
+    Each family merges speech and text in its own way: its own forward does it, until a hook stops
+    it before the language model. subtle: a clip at a time, for Granite's encoder masks no padding.
+    UserError, with the clip's name, if the model cannot hear it."""
     def stop(module, args, kwargs):
         raise StopForward(kwargs["inputs_embeds"][0].cpu())
     hook = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(**processor(text=text, audio=wave.numpy(), return_tensors="pt").to(model.device))
     except StopForward as stopped:
-        return stopped.args[0]
+        embeds = stopped.args[0]
+    except Exception as error:  # each family has its own, for a clip that is too short
+        raise UserError(f"the model cannot encode {name}: {error}") from error
     finally:
         hook.remove()
+    if len(embeds) < len(processor.tokenizer(text).input_ids):  # not even one for the placeholder
+        raise UserError(f"{name} is too short: the model hears nothing of it")
+    return embeds
 
-def embed_examples(model, processor, examples, system_prompt, raw):
-    """embed_prompt for each example of a manifest: a list of (P_i, H)."""
+def embed_examples(model, processor, examples, args):
+    """The examples of a manifest that can be heard, and embed_prompt of each, a list of (P_i, H).
+    One that cannot raises UserError or, with args.skip_unreadable, is named and left out."""
     extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
-    max_seconds = getattr(extractor, "chunk_length", math.inf)  # Qwen2-Audio cuts there, silently
+    max_seconds = getattr(extractor, "chunk_length", 3600)  # Qwen2-Audio cuts there, silently
+    heard = []
     embeds = []
     for example in tqdm(examples, desc="encoding audio", unit="clip"):
-        wave = load_audio(example["audio"], extractor.sampling_rate, max_seconds)
-        text = render_prompt(processor, example["prompt"], system_prompt, raw)
-        embeds.append(embed_prompt(model, processor, wave, text))
-    return embeds
+        text = render_prompt(processor, example["prompt"], args.system_prompt, args.raw_prompt)
+        try:
+            wave = load_audio(example["audio"], extractor.sampling_rate, max_seconds)
+            embeds.append(embed_prompt(model, processor, wave, text, example["audio"]))
+            heard.append(example)
+        except UserError as error:
+            if not args.skip_unreadable:
+                raise
+            tqdm.write(printable(f"left out: {error}"))
+    if not heard:
+        raise UserError(f"none of the {len(examples)} recordings can be heard")
+    if len(heard) < len(examples):
+        print(f"{len(examples) - len(heard)} of {len(examples)} prompts are left out")
+    return heard, embeds
 
 # What it answers.
 def logits_of(model, hidden):
-    """Last hidden states of the language model (..., H) -> float32 logits (..., V). subtle: Granite
-    divides its logits by logits_scaling (8; 16 for the 8B model), but its speech class in
-    transformers does not. That is sampling at temperature 1/8, and greedy output hides it."""
+    """Last hidden states (..., H) -> float32 logits (..., V). subtle: Granite divides its logits by
+    logits_scaling, 8 or 16, but its speech class in transformers does not, and greedy output hides
+    it: that is sampling at temperature 1/8."""
     scale = getattr(model.config.get_text_config(), "logits_scaling", 1.0)
     return model.get_output_embeddings()(hidden).float() / scale
 
 def choose_tokens(logits, temperature, top_p):
     """A token per row from the top-p nucleus: logits (R, V) -> (R,) int64; greedy at temperature 0.
-    Sorting the vocabulary for its most probable tokens is slow. So a candidate is drawn from all,
-    and rejected if the tokens more probable than it have a mass of top_p already."""
-    if temperature == 0:
+    Instead of a slow sort of the vocabulary, a candidate is drawn from all of it, and rejected if
+    the tokens more probable than it have a mass of top_p already."""
+    if temperature < 1e-9:  # as good as 0, and a division by it might overflow
         return logits.argmax(dim=-1)
     probs = (logits / temperature).softmax(dim=-1)
     cdf = probs.cumsum(dim=-1)
@@ -113,7 +140,7 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     max_new_tokens cut it. The draws are those of torch's global generator.
 
     The K responses share their prompt's row of the cache: a step appends K tokens to it, and a mask
-    shows each response the prompt and its own tokens. K copies of the row would give the same, but
+    shows each response the prompt and its own tokens. Copies of the row would give the same, but
     each step would read the prompt, mostly audio, K times."""
     decoder = model.get_decoder()
     device = model.device
@@ -127,6 +154,8 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     out = decoder(inputs_embeds=inputs, attention_mask=positions >= 0,
                   position_ids=positions.clamp(min=0), use_cache=True)
     logits = logits_of(model, out.last_hidden_state[:, -1:]).expand(N, K, -1)
+    if logits.isnan().any():
+        raise UserError("the logits are NaN: the weights of the model or its adapter are broken")
     position = positions[:, -1:].expand(N, K)  # of the last token of each response
     visible = (positions >= 0)[:, None].expand(N, K, P)  # the columns that each response sees
 
@@ -181,22 +210,22 @@ def decode_responses(tokenizer, responses, lengths):
 def read_manifest(path):
     """The examples of a JSON-lines manifest: a list of dicts id, audio, prompt, reference (str);
     audio is relative to the manifest, id defaults to the line number. UserError for a bad line."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no manifest {path}")
+    content = Path(path).read_bytes()
+    text = content.decode(json.detect_encoding(content), errors="surrogateescape")  # UTF-8 or 16
     examples = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = dict(json.loads(line))
-            json.dumps(row, ensure_ascii=False).encode()  # half a character cannot be written
+            json.dumps(row, ensure_ascii=False).encode()  # fails for bytes that are no characters
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path} line {number} is no JSON object: {error}") from error
+            raise UserError(f"{path} line {number}: not one JSON object a line: {error}") from error
         for key in ("audio", "prompt", "reference"):
             if not isinstance(row.get(key), str) or not row[key].strip():
                 raise UserError(f'{path} line {number} lacks "{key}", a string that is not empty')
         if row["prompt"].count("<audio>") > 1:
-            raise UserError(f"{path} line {number} has <audio> more than once, but one recording")
+            raise UserError(f"{path} line {number} has <audio> more than once")
         name = number if row.get("id") is None else row["id"]
         examples.append({"id": str(name), "audio": str(Path(path).parent / row["audio"]),
                          "prompt": row["prompt"], "reference": row["reference"]})
@@ -221,21 +250,51 @@ def resample(wave, old_rate, new_rate):
     resampled = torch.fft.irfft(spectrum, n=blocks * new) * (new / old)
     return resampled[:math.ceil(len(wave) * new / old)].float()
 
-def load_audio(path, rate, max_seconds=math.inf):
+def is_incomplete(file, sound, num_read):
+    """Whether an open recording holds or promises more samples than libsndfile has read from it: it
+    was cut off, its header is wrong, or another recording follows in the same file."""
+    rest = file.read().strip(b"\0")
+    file.seek(0)
+    content = file.read()
+    if sound.format in ("WAV", "WAVEX"):  # other chunks may follow; streams promise 2 GB or more
+        promise = re.search(r"data : (\d+) \(should be", sound.extra_info)
+        return "Unknown chunk" in sound.extra_info or bool(promise and int(promise[1]) < 0x7FFFF000)
+    if rest and not rest.startswith((b"TAG", b"APETAGEX")):  # an mp3 may end in tags
+        return True
+    if sound.format == "OGG":  # the last page must be marked as such, and be there to its end
+        page = content[content.rfind(b"OggS"):]
+        if not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
+            return True
+    is_guess = sound.format == "MP3" and not re.search(b"Xing|Info|VBRI", content)
+    return num_read < sound.frames and not is_guess
+
+def load_audio(path, rate, max_seconds=3600):
     """A recording (wav, flac, ogg, mp3; any rate, any channels) as float32 mono (S,) at `rate` Hz.
-    Raises UserError, naming the file, if it is missing, corrupt or longer than max_seconds."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no recording {path}")
+    UserError, naming the file, if it is missing, corrupt, incomplete or longer than max_seconds."""
     try:
-        samples, file_rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: named like headerless audio
-        raise UserError(f"{path} is corrupt, or no recording (wav, flac, ogg, mp3)") from error
+        with open(path, "rb") as file:
+            sound = soundfile.SoundFile(file)
+            if sound.format not in ("WAV", "WAVEX", "FLAC", "OGG", "MP3"):
+                raise ValueError(sound.format)
+            seconds = sound.frames / sound.samplerate  # by the header: nothing is decoded yet
+            if seconds > max_seconds:
+                raise UserError(f"{path} lasts {seconds:.2f} s; the model hears {max_seconds:g} s")
+            samples = sound.read(dtype="float32", always_2d=True)
+            incomplete = is_incomplete(file, sound, len(samples))
+    except UserError:
+        raise
+    except Exception as error:  # soundfile raises several kinds
+        raise UserError(f"{path} is missing, corrupt, or not wav, flac, ogg or mp3") from error
+    if incomplete:
+        raise UserError(f"{path} is cut off, or holds more than one recording")
     wave = torch.from_numpy(samples).mean(dim=1)  # (S,)
     if len(wave) == 0 or not wave.isfinite().all():
         raise UserError(f"{path} is empty or corrupt: no samples, or some are NaN or infinite")
-    if (seconds := len(wave) / file_rate) > max_seconds:
-        raise UserError(f"{path} lasts {seconds:.2f} s, but the model hears only {max_seconds:g} s")
-    return wave if file_rate == rate else resample(wave, file_rate, rate)
+    if wave.abs().max() > 10:
+        raise UserError(f"{path} has a sample of {wave.abs().max():g}: audio lies between -1 and 1")
+    if not 1000 <= sound.samplerate <= 768000:
+        raise UserError(f"{path} claims {sound.samplerate} samples a second")
+    return wave if sound.samplerate == rate else resample(wave, sound.samplerate, rate)
 
 # The model.
 def fold_adapters(model):
@@ -253,29 +312,36 @@ def fold_adapters(model):
 
 def load_model(model, adapter=None, device="cpu", audio=True):
     """A speech LLM (folder or hub name), with our LoRA (PEFT folder) on top if given: (model,
-    processor), in eval mode, bfloat16 on a GPU, float32 on a CPU. audio=False is for stages without
-    audio: no processor, and only the language model moves to the device. UserError if it fails."""
-    import transformers  # subtle: here, because 03 and 04 import this file and should not wait
-    from peft import PeftModel
+    processor), in eval mode, bfloat16 on a GPU, float32 on a CPU. Without audio, no processor, and
+    only the language model moves to the device. UserError if it fails, or a weight is missing."""
+    import peft  # subtle: here, because 03 and 04 import this file and should not wait
+    import transformers
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries
+    warnings.filterwarnings("ignore")  # of the libraries
+    no_code = {"trust_remote_code": False}  # a model's own Python code is not run, nor asked about
     try:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        transformers.AutoConfig.from_pretrained(model)  # a hub out of reach fails here, soonest
-        processor = transformers.AutoProcessor.from_pretrained(model) if audio else None
-        lm = transformers.AutoModelForMultimodalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa")
+        transformers.AutoConfig.from_pretrained(model, **no_code)  # a hub out of reach fails here
+        processor = transformers.AutoProcessor.from_pretrained(model, **no_code) if audio else None
+        lm, loading = transformers.AutoModelForMultimodalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **no_code)
+        missing = loading["missing_keys"]
         lm = fold_adapters(lm).requires_grad_(False)
         for part in [lm] if audio else [lm.get_decoder(), lm.get_output_embeddings()]:
             part.to(device)
         if adapter:  # read on the CPU: PEFT would take the first GPU, whatever the device is
-            lm = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True, torch_device="cpu")
+            lm = peft.PeftModel.from_pretrained(lm, str(adapter), is_trainable=True,
+                                                torch_device="cpu")
+            saved = peft.load_peft_weights(str(adapter), device="cpu")
+            missing = missing or saved.keys() ^ peft.get_peft_model_state_dict(lm).keys()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library has exceptions of its own for what it cannot read
         reason = " ".join(str(error).split())
         hint = ": pip install torchaudio" if "torchaudio" in reason else ""  # Granite's features
         raise UserError(f"cannot load {adapter or model} on {device}: {reason}{hint}") from error
+    if missing:  # they would be drawn at random, each time anew
+        raise UserError(f"{adapter or model} lacks weights, or has others: {sorted(missing)[0]}")
     if audio:  # EOS may be a list, and the tokenizer may know one more: stop on any of them
         eos = lm.generation_config.eos_token_id
         eos_set = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
@@ -295,6 +361,7 @@ def parse_args():
     add("--system-prompt", default="", help="fixes what a template fills with today's date")
     add("--raw-prompt", action="store_true", help="leave the model's chat template out")
     add("--seed", type=number(int, 0), default=0, help="of the prompts' order and of the sampling")
+    add("--skip-unreadable", action="store_true", help="leave out recordings that cannot be heard")
     return parser.parse_args()
 
 def main(args):
@@ -309,7 +376,7 @@ def main(args):
     print(f"The first prompt, as the model reads it:\n{printable(rendered.strip())}")
 
     # Encode each prompt once, and sample K responses to it.
-    embeds = embed_examples(model, processor, examples, args.system_prompt, args.raw_prompt)
+    examples, embeds = embed_examples(model, processor, examples, args)
     torch.manual_seed(1000 * args.seed + state["round"])
     sampled = sample_all(model, embeds, args.prompts_per_batch, args.num_responses,
                          args.max_new_tokens, args.temperature, args.top_p)
@@ -320,15 +387,15 @@ def main(args):
         texts, text_ends = decode_responses(processor.tokenizer, responses, lengths)
         rollouts.append({**example, "embeds": prompt_embeds, "responses": responses,
                          "lengths": lengths, "texts": texts, "ends": text_ends})
-    meta = {**vars(args), "num_prompts": N, "round": state["round"] + 1, "seen": state["seen"] + N,
-            "policy_id": state["policy_id"]}
+    meta = {**vars(args), "num_prompts": len(examples), "round": state["round"] + 1,
+            "seen": state["seen"] + N, "policy_id": state["policy_id"]}
     del meta["run"], meta["device"]
     content = repr([meta, examples, [rollout["responses"].tolist() for rollout in rollouts]])
     meta["id"] = hashlib.sha256(content.encode()).hexdigest()[:12]
     save_stage(args.run, "rollouts", meta, rollouts)
 
     # Show the responses to the first prompt.
-    print(f"\nRound {meta['round']}: {N} prompts with responses -> {args.run}/rollouts.pt")
+    print(f"\nRound {meta['round']}: {len(rollouts)} prompts, sampled -> {args.run}/rollouts.pt")
     print(printable(f"  {examples[0]['prompt']}\n  reference  {examples[0]['reference']}"))
     print(printable("\n".join(f"  response   {text}" for text in rollouts[0]["texts"])))
 
@@ -340,21 +407,45 @@ WRITTEN_BY = {"rollouts": "01_sample.py", "surprisal": "02_surprisal.py", "tree"
 class UserError(ValueError):
     """A user's mistake, in one sentence: what is wrong, with its name, and what to do."""
 
+@contextmanager
+def only_stage(run):
+    """Keeps other stages out of a run's folder while this one is at work there."""
+    if not run:
+        raise UserError("--run is empty: name a folder")
+    Path(run).mkdir(parents=True, exist_ok=True)
+    if not os.access(run, os.W_OK):
+        raise UserError(f"nothing can be written into {run}")
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another stage is at work in {run}: wait, or take another --run") from error
+    finally:
+        os.close(folder)
+
 def run_stage(main, parse_args):
     """main(parse_args()), where a user's mistake ends the script with a sentence, no traceback."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the caller closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # not every terminal can draw a tree
         sys.stdout.reconfigure(errors="replace")
     try:
-        main(parse_args())
+        args = parse_args()
+        with only_stage(args.run):
+            main(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` for instance, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("stopped: the files written before are complete")
-    except torch.OutOfMemoryError:
-        sys.exit("the GPU's memory is full: take fewer --prompts-per-batch or a smaller model")
     except (UserError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(printable(f"{Path(sys.argv[0]).name}: {error}"))
+    except (RuntimeError, MemoryError) as error:  # torch has a kind for the GPU, none for the CPU
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not is_memory and "can't allocate" not in str(error):
+            raise
+        sys.exit("memory is full: take fewer --prompts-per-batch or a smaller model")
 
 def printable(text):
     """The text without the control characters that a terminal would obey; line breaks stay."""
@@ -364,43 +455,39 @@ def chunks(items, size):
     """A list in pieces of `size`; the last one may be shorter."""
     return [items[i:i + size] for i in range(0, len(items), size)]
 
-def save_file(path, write):
-    """Let write(file) fill a file beside `path`, then rename it: a kill or a full disk leaves the
-    old file whole. subtle: torch.save to a path instead would abort on a full disk."""
+def save_file(path, content):
+    """Write a text (str), or anything else by torch.save, beside `path`, then rename it: a kill or
+    a full disk leaves the old file whole. subtle: torch.save to a path aborts on a full disk."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
-            write(file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise UserError(f"cannot write {path}: {cause}") from error
 
-def save_text(path, lines):
-    """Write lines (list of str) as a text file, in UTF-8."""
-    save_file(path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
-
 def save_stage(run, name, meta, prompts):
     """Write RUN/name.pt, a dict {"meta": dict, "prompts": [dict per prompt]}."""
-    stage = {"meta": meta, "prompts": prompts}
-    save_file(f"{run}/{name}.pt", lambda file: torch.save(stage, file))
+    save_file(f"{run}/{name}.pt", {"meta": meta, "prompts": prompts})
 
 def load_stage(run, name, rollouts=None):
     """Read RUN/name.pt. UserError if it is missing, corrupt, or not made from these `rollouts`."""
     path = Path(run) / f"{name}.pt"
     advice = f"run {WRITTEN_BY[name]} with --run {run}"
-    if not path.exists():
-        raise UserError(f"there is no {path} yet: {advice} first")
     try:
         stage = torch.load(path, weights_only=True, mmap=True)  # mmap: read where it is used
         made_from = stage["meta"]["id"]
     except Exception as error:  # torch raises many kinds for a corrupt file
-        raise UserError(f"{path} is incomplete or corrupt: {advice} again") from error
-    if rollouts and made_from != rollouts["meta"]["id"]:
-        raise UserError(f"{path} was made from rollouts {made_from}, but {run}/rollouts.pt is "
-                        f"{rollouts['meta']['id']}: {advice} again")
+        raise UserError(f"{path} is missing, incomplete or corrupt: {advice}") from error
+    if rollouts and (made_from, len(stage["prompts"])) != (
+            rollouts["meta"]["id"], len(rollouts["prompts"])):
+        raise UserError(f"{path} was made from other rollouts than {run}/rollouts.pt: {advice}")
     return stage
 
 def read_state(run, rollouts=None):
@@ -419,16 +506,15 @@ def read_state(run, rollouts=None):
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{folder} lacks a training.json: delete it to start over") from error
     if rollouts and rollouts["meta"].get("policy_id") != state["policy_id"]:
-        raise UserError(f"{run}/rollouts.pt was not sampled by {folder}, which is trained up to "
-                        f"round {state['round']}: run 01_sample.py for the next round")
+        raise UserError(f"{run}/rollouts.pt was not sampled by {folder}: run 01_sample.py first")
     return state
 
 def check_flags(args, state, names):
     """Raises UserError if one of these flags is not what the run's adapter was trained with."""
     for name in names:
-        given = str(getattr(args, name))
-        trained = str(state.get(name, given))
-        if given != trained and os.path.realpath(given) != os.path.realpath(trained):
+        trained = str(state.get(name, ""))
+        given = str(getattr(args, name, trained))
+        if state["adapter"] and os.path.realpath(given) != os.path.realpath(trained):
             raise UserError(f"--{name.replace('_', '-')} is {given!r}, but {state['adapter']} was "
                             f"trained with {trained!r}: give that, or another --run")
 
@@ -442,14 +528,14 @@ def number(kind, low, high=10**9):
 
 def stage_parser(doc, prompts_per_batch=None):
     """A parser with the options that stages share; prompts_per_batch is for those with a model."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0],
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--run", default="runs/demo", help="folder of this run")
+    parser.add_argument("--run", default="runs/demo", help="folder of this run")
     if prompts_per_batch:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        add("--device", default=device, help="cpu or cuda")
-        add("--prompts-per-batch", type=number(int, 1), default=prompts_per_batch, help="in a pass")
+        parser.add_argument("--device", default=device, help="cpu or cuda")
+        parser.add_argument("--prompts-per-batch", type=number(int, 1), default=prompts_per_batch,
+                            help="prompts in a pass")
     return parser
 
 if __name__ == "__main__":

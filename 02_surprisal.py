@@ -65,12 +65,6 @@ def trie_mask(parents, P):
         mask[P + m] |= mask[P + parent]  # what the parent sees; -1 is the end of the prompt
     return mask
 
-def mixed_precision(weight):
-    """Autocast to bfloat16 if the model's weights are bfloat16. Those of our LoRA stay float32, so
-    that small steps are not rounded away, but compute in bfloat16."""
-    half = torch.bfloat16
-    return torch.autocast(weight.device.type, half, enabled=weight.dtype == half)
-
 def batch_logps(model, embeds, tries):
     """Log-probability, in nats, of each trie token given its ancestors: a list of (M_i,) float32.
     embeds: list of (P_i, H); tries: list of Tries. One forward pass, a row per prompt, padded at
@@ -88,7 +82,8 @@ def batch_logps(model, embeds, tries):
         positions.append(torch.cat([torch.arange(P), P + trie.depths]))
         tokens = embed(trie.tokens.to(device))
         rows.append(torch.cat([prompt.to(device, tokens.dtype), tokens]))
-    with mixed_precision(embed.weight):
+    half = torch.bfloat16  # the weights on a GPU; our LoRA stays float32, but computes in bfloat16
+    with torch.autocast(device.type, half, enabled=embed.weight.dtype == half):
         hidden = model.get_decoder()(
             inputs_embeds=pad_sequence(rows, batch_first=True),
             position_ids=pad_sequence(positions, batch_first=True).to(device),

@@ -1,14 +1,17 @@
 """03: where did the K responses part ways?
 
+LEAF (Low-rank Exploration with Adaptive Forking) is GRPO that credits spans of a response instead
+of all its tokens alike. This file cuts the K responses to a prompt into spans; 04 credits them.
+
 A model that is surprised by its own token had others to choose from: it decided there. Surprisal
 is -log of the token's probability, in nats (02). LEAF cuts the responses before their most
 surprising tokens. Responses that agree on every token up to a cut have decided alike so far. They
 form a node, and the nodes form a tree. Nothing branched while sampling.
 
-A cut is called a fork boundary. It is a number of tokens, b: it lies between the tokens b-1 and b.
-It is found in one response and applied to all K, because a node compares responses by their first b
-tokens, and that takes one b for all. Where responses do not part, a boundary splits no group: the
-tree may be cut inside a word, and both sides of the cut hold the same responses.
+A cut is called a fork boundary. It is a number of tokens, b, and lies between the tokens b-1 and b.
+It is found in one response and applied to all K, because a node compares responses by their first
+b tokens, and that takes one b for all. Other responses may be cut at an odd place, even inside a
+word; a group that does not part there stays whole.
 
 Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree
 Reads   RUN/rollouts.pt (responses, lengths; for the picture texts, ends), RUN/surprisal.pt
@@ -16,7 +19,7 @@ Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending; nodes: bou
         members (J, K) bool, True for the responses in a node
 Run     python 03_tree.py                                        demo: about 1 s
         python 03_tree.py --fork-budget 4 --show 7               more boundaries, another picture
-Differs from the paper: nothing.
+Differs from the paper: nothing. Steps are numbered as in the README.
 """
 from collections import namedtuple
 from importlib import import_module
@@ -25,15 +28,11 @@ import torch
 
 sampling = import_module("01_sample")
 
-def fork_distance(lengths, B):
-    """D, the least distance of two boundaries in tokens: B of them fit in the shortest response."""
-    return max(2, int(min(lengths)) // (B + 1))
-
 def select_boundaries(surprisal, lengths, B):
     """Step 2: up to B boundaries before the most surprising tokens, each D or more from the others.
+    A response has nothing to share in front of its first token, so b >= 1.
 
-    surprisal (K, T) nats, lengths (K,) -> list of int, ascending. Why b >= 1: in front of its first
-    token, a response has nothing to share.
+    surprisal (K, T) nats, lengths (K,) -> list of int, ascending.
 
     >>> select_boundaries(torch.tensor([[0.1, 0.2, 3.0, 2.0, 0.1, 1.0]]), torch.tensor([6]), B=2)
     [2, 5]
@@ -42,7 +41,7 @@ def select_boundaries(surprisal, lengths, B):
     for i, row in enumerate(surprisal.tolist()):
         for b in range(1, int(lengths[i])):
             candidates.append((-row[b], i, b))
-    D = fork_distance(lengths, B)
+    D = max(2, int(min(lengths)) // (B + 1))  # B of them fit in the shortest response
     boundaries = []
     for _, _, b in sorted(candidates):  # highest surprisal first; ties: lower i, then lower b
         if len(boundaries) == B:
@@ -53,10 +52,10 @@ def select_boundaries(surprisal, lengths, B):
 
 def group_prefixes(responses, lengths, boundary):
     """Step 3: the nodes at a boundary, each a group of two or more responses that share their first
-    `boundary` tokens: a list of lists of int, in order of their first member.
+    `boundary` tokens: a list of lists of int, in order of their first member. A response that is
+    shorter is compared by all of its tokens, so identical short ones form a node past their end.
 
-    responses (K, T), lengths (K,). A response that is shorter is compared by all of its tokens. So
-    the node of identical short responses may lie past their end.
+    responses (K, T) int64, lengths (K,).
 
     >>> group_prefixes(torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 0]]), torch.tensor([3, 3, 2]), 2)
     [[0, 1]]
@@ -69,54 +68,41 @@ def group_prefixes(responses, lengths, boundary):
 
 def pack_tree(boundaries, groups, K):
     """boundaries (list of int), groups[j] the nodes at boundaries[j] -> a prompt of tree.pt."""
-    nodes = [(b, members) for b, level in zip(boundaries, groups) for members in level]
-    is_member = torch.zeros(len(nodes), K, dtype=torch.bool)
-    for j, (_, members) in enumerate(nodes):
-        is_member[j, members] = True
-    node_boundary = torch.tensor([b for b, _ in nodes], dtype=torch.int64)
+    node_boundary = [b for b, nodes in zip(boundaries, groups) for _ in nodes]
+    members = [[i in node for i in range(K)] for nodes in groups for node in nodes]
     return {"boundaries": torch.tensor(boundaries, dtype=torch.int64),
-            "nodes": {"boundary": node_boundary, "members": is_member}}
+            "nodes": {"boundary": torch.tensor(node_boundary, dtype=torch.int64),
+                      "members": torch.tensor(members, dtype=torch.bool).view(-1, K)}}
 
 def unpack_tree(prompt_tree):
     """A prompt of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
-    boundaries = prompt_tree["boundaries"].tolist()
+    groups = {b: [] for b in prompt_tree["boundaries"].tolist()}
     nodes = prompt_tree["nodes"]
-    groups = []
-    for b in boundaries:
-        level = nodes["members"][nodes["boundary"] == b]
-        groups.append([row.nonzero().squeeze(1).tolist() for row in level])
-    return boundaries, groups
+    for b, members in zip(nodes["boundary"].tolist(), nodes["members"]):
+        groups[b].append(members.nonzero().squeeze(1).tolist())
+    return list(groups), list(groups.values())
 
 # The picture of a tree, in 03 and 04.
 Row = namedtuple("Row", "branch members level start end")
 
-def tree_rows(boundaries, groups, lengths):
-    """The lines of the picture, a list of Rows: the line drawing in front (str), and a span of the
-    tree, the tokens start..end that its members share, the level-th span of each of them.
-
-    Several members are a node, a single one is the tail of a response. Identical responses may end
-    inside their node; their tails have no tokens.
-    """
-    rows = []
-
-    def grow(parent, level, start, indent):
-        nodes = groups[level] if level < len(groups) else []
-        children = [members for members in nodes if members[0] in parent]
-        in_node = {i for members in children for i in members}
-        children += [[i] for i in parent if i not in in_node]
-        children.sort()
-        for members in children:
-            is_last = members is children[-1]
-            is_node = len(members) > 1
-            length = int(lengths[members[0]])
-            end = min(length, boundaries[level]) if is_node else length
-            branch = indent + ("└─ " if is_last else "├─ ")
-            rows.append(Row(branch, members, level, start, end))
-            if is_node:
-                grow(members, level + 1, end, indent + ("   " if is_last else "│  "))
-
-    grow(list(range(len(lengths))), 0, 0, "")
-    return rows
+def tree_rows(boundaries, groups, lengths, parent=None, level=0, start=0, indent=""):
+    """The lines of the picture below a node (`parent`, the root if None): Rows of branch, the lines
+    drawn in front (str), and a span: members hold the tokens start..end as their level-th span.
+    Identical responses that end inside their node have a tail without tokens."""
+    parent = parent or list(range(len(lengths)))
+    nodes = groups[level] if level < len(groups) else []
+    children = [members for members in nodes if members[0] in parent]
+    in_node = {i for members in children for i in members}
+    children += [[i] for i in parent if i not in in_node]
+    for members in sorted(children):
+        is_last = members == max(children)
+        is_node = len(members) > 1
+        length = int(lengths[members[0]])
+        end = min(length, boundaries[level]) if is_node else length
+        yield Row(indent + ("└─ " if is_last else "├─ "), members, level, start, end)
+        if is_node:
+            deeper = indent + ("   " if is_last else "│  ")
+            yield from tree_rows(boundaries, groups, lengths, members, level + 1, end, deeper)
 
 def span_text(rollout, row, width=58):
     """The left side of a line: branch and text, `width` characters, without the middle if long."""
@@ -133,17 +119,21 @@ def span_text(rollout, row, width=58):
     return f"{row.branch + text:{width}}"
 
 def shown_rollout(rollouts, number):
-    """The rollout that --show asks for. Raises UserError if there is none of that number."""
-    count = len(rollouts["prompts"])
-    if number >= count:
-        raise sampling.UserError(f"--show is {number}, but the last prompt is number {count - 1}")
+    """The rollout that --show asks for. UserError if there is none of that number."""
+    if number >= len(rollouts["prompts"]):
+        raise sampling.UserError(f"--show {number}: there are {len(rollouts['prompts'])} prompts")
     return rollouts["prompts"][number]
+
+def print_prompt(rollout, columns):
+    """The lines above a tree: the prompt, its reference, and the names of the columns."""
+    print(sampling.printable(f"\n{rollout['prompt']}\n  reference  {rollout['reference']}\n"))
+    print(f"{'':58}    {columns}")
 
 def parse_args():
     parser = sampling.stage_parser(__doc__)
     add = parser.add_argument
     add("--fork-budget", type=sampling.number(int, 0), default=2, help="B, boundaries per prompt")
-    add("--show", type=sampling.number(int, 0), default=0, help="the prompt to draw, from 0")
+    add("--show", type=sampling.number(int, 0), default=0, help="prompt to draw, from 0")
     return parser.parse_args()
 
 def main(args):
@@ -156,6 +146,8 @@ def main(args):
     trees = []
     for rollout, score in zip(rollouts["prompts"], scores["prompts"]):
         lengths = rollout["lengths"]
+        if not score["surprisal"].isfinite().all():
+            raise sampling.UserError(f"a surprisal of {rollout['id']} is NaN or infinite")
         boundaries = select_boundaries(score["surprisal"], lengths, args.fork_budget)
         groups = [group_prefixes(rollout["responses"], lengths, b) for b in boundaries]
         trees.append(pack_tree(boundaries, groups, len(lengths)))
@@ -166,18 +158,14 @@ def main(args):
 
     # Show one tree.
     num_nodes = sum(len(prompt_tree["nodes"]["boundary"]) for prompt_tree in trees)
-    print(f"{len(trees)} prompts, {num_nodes / len(trees):.1f} nodes each -> {args.run}/tree.pt\n")
-    print(sampling.printable(f"{shown['prompt']}\n  reference  {shown['reference']}\n"))
-    print(f"{'':58}    n  surprisal")
+    print(f"{len(trees)} prompts, {num_nodes / len(trees):.1f} nodes each -> {args.run}/tree.pt")
     boundaries, groups = unpack_tree(trees[args.show])
-    surprisal = scores["prompts"][args.show]["surprisal"]
+    print_prompt(shown, "n  surprisal")
     for row in tree_rows(boundaries, groups, shown["lengths"]):
-        first_token_nats = surprisal[row.members[0], row.start:row.end][:1].tolist()
-        columns = f"{len(row.members):5}" + "".join(f"{nats:11.2f}" for nats in first_token_nats)
-        print(span_text(shown, row) + columns)
-    D = fork_distance(shown["lengths"], args.fork_budget)
-    print(f"\nn responses share a span. Its surprisal, in nats, is that of its first token.\n"
-          f"Boundaries: {boundaries}, {D} or more tokens apart.")
+        nats = scores["prompts"][args.show]["surprisal"][row.members[0], row.start:row.end][:1]
+        print(span_text(shown, row), f"{len(row.members):4}", *(f"{x:10.2f}" for x in nats))
+    print("\nn responses share a span. Its surprisal, in nats, is that of its first token.\n"
+          f"Boundaries, in tokens: {boundaries}")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args)

@@ -1,11 +1,12 @@
 """04: which decision earned the reward?
 
-GRPO gives the reward of a response to each of its tokens. LEAF asks where in the tree (03) it was
-earned. The nodes on a response cut it into spans: from each node, or the start, to the next one,
-and from the last node to the end (the tail). A span stands for a decision. Its value V is the mean
-reward of the n responses that made it. It earns credit for being better than the average of all K
-(the global advantage, GA) and than the branch it grew from (the local advantage, LA). All n hold
-the span, and each would be credited for it: dividing by the root of n corrects for that.
+GRPO gives the reward of a response to each of its tokens. LEAF (03) asks where in the tree it was
+earned. The nodes on a response cut it into spans: a node ends a span, which began at the node
+before or at the start; what is left after the last node, the tail, is a span too. A span stands for
+a decision. Its value V is the mean reward of the n responses that made it. Its credit is V minus
+the mean of all K (the global advantage, GA) plus V minus the value of the span before it (the local
+advantage, LA): was it better than the average, and than the branch it grew from? Each of the n
+responses gets the credit, so it counts n times; divided by √n, it still counts √n times.
 
 root                  V 0.50
 ├─ A   n 3            V 0.60   (0.10 + 0.10) / √3 = +0.12 each
@@ -28,7 +29,7 @@ Reads   RUN/rollouts.pt, RUN/tree.pt
 Writes  RUN/advantages.pt, per prompt, float32: rewards (K,) in [0, 1]; node_value (J,); leaf and
         grpo (K, T), 0 at padding; spans, K lists of [start, end, advantage before the z-score]
 Run     python 04_advantage.py                                   demo: about 1 s
-Differs from the paper: nothing.
+Differs from the paper: nothing. Steps are numbered as in the README.
 """
 import math
 import re
@@ -42,7 +43,6 @@ sampling = import_module("01_sample")
 tree = import_module("03_tree")
 
 # Credit.
-
 def mean_reward(rewards, members):
     """V, the value of a node (step 3): the mean reward of its members."""
     return sum(float(rewards[i]) for i in members) / len(members)
@@ -58,7 +58,7 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both"):
         path = []  # the nodes on this response
         for boundary, nodes in zip(boundaries, groups):
             path += [(int(boundary), members) for members in nodes if i in members]
-        # subtle: a node of identical responses may lie past their end: no tail, but the span counts
+        # subtle: identical responses may end at or before their node: its span counts, but no tail
         if not path or path[-1][0] < lengths[i]:
             path.append((int(lengths[i]), [i]))  # the tail is like a node of one
         response_spans = []
@@ -80,8 +80,8 @@ def sample_std(values):
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 def zscore(spans):
-    """Step 5: a prompt's span advantages, normalized; a span counts once, long or short. The floor
-    1e-6 only guards the division: where rewards hardly differ, they are scaled up all the same."""
+    """Step 5: a prompt's span advantages, normalized. Each span of each response counts once, long
+    or short, and so a shared one n times. The floor 1e-6 only guards the division."""
     advantages = [advantage for response in spans for _, _, advantage in response]
     mean = statistics.fmean(advantages)
     scale = max(sample_std(advantages), 1e-6)
@@ -89,33 +89,42 @@ def zscore(spans):
             for response in spans]
 
 def grpo_advantages(rewards):
-    """Step 6, the baseline: rewards (K,) -> (K,) float32, one advantage for a whole response. The
-    floor 1/3 is the paper's: unlike in step 5, small differences of reward stay small."""
+    """Step 6, plain GRPO: rewards (K,) -> (K,) float32, one advantage for a whole response. The
+    floor 1/3 is the paper's: small differences of reward stay small, unlike in step 5."""
     rewards = [float(reward) for reward in rewards]
     mean = statistics.fmean(rewards)
     scale = max(sample_std(rewards), 1 / 3) + 1e-6
     return torch.tensor([(reward - mean) / scale for reward in rewards])
 
 # Reward.
-
 def prompt_rewards(rollout):
-    """Step 8: the rewards of a prompt's K responses, in [0, 1]. Fork here for another reward."""
+    """Step 8: the rewards of a prompt's K responses, in [0, 1]. Edit here for another reward."""
     return [sentence_bleu(text, rollout["reference"]) for text in rollout["texts"]]
 
 def sentence_bleu(hypothesis, reference, lowercase=False):
     """Sentence BLEU of a hypothesis (str) against one reference (str), in [0, 1]: sacrebleu's
-    sentence_bleu / 100, white space collapsed first.
+    sentence_bleu / 100, white space collapsed first."""
+    return bleu([(hypothesis, reference)], lowercase, effective_order=True)
 
-    >>> round(sentence_bleu("you have five new messages", "you have four new messages"), 3)
-    0.302
-    """
-    return bleu_score(bleu_counts(hypothesis, reference, lowercase), effective_order=True)
-
-def bleu_score(counts, effective_order):
-    """BLEU in [0, 1] from counts: geometric mean of the n-gram precisions times brevity penalty.
-    Exponential smoothing: the first order without a match counts as 1/2 match, the next as 1/4.
-    effective_order leaves out the orders for which the hypothesis is too short (sentences)."""
-    matched, total = counts[:4], counts[4:8]
+def bleu(pairs, lowercase, effective_order):
+    """BLEU, in [0, 1], of pairs (hypothesis, reference): geometric mean of the precisions of n-grams
+    of 1 to 4 tokens, counted over all pairs, times brevity penalty. Exponential smoothing: the first
+    order without a match counts as 1/2 match, the next as 1/4. effective_order leaves out the orders
+    for which the hypothesis is too short (for sentences)."""
+    matched = [0, 0, 0, 0]
+    total = [0, 0, 0, 0]
+    hypothesis_length = 0
+    reference_length = 0
+    for hypothesis, reference in pairs:
+        hypothesis_tokens = tokenize_13a(hypothesis.lower() if lowercase else hypothesis)
+        reference_tokens = tokenize_13a(reference.lower() if lowercase else reference)
+        hypothesis_length += len(hypothesis_tokens)
+        reference_length += len(reference_tokens)
+        for order in range(4):
+            found = ngrams(hypothesis_tokens, order + 1)
+            common = found & ngrams(reference_tokens, order + 1)  # the lower count of each
+            matched[order] += common.total()
+            total[order] += found.total()
     orders = sum(count > 0 for count in total) if effective_order else 4
     if not any(matched) or min(total[:orders]) == 0:
         return 0.0
@@ -125,31 +134,15 @@ def bleu_score(counts, effective_order):
         if hits == 0:
             smooth /= 2
         log_sum += math.log((hits or smooth) / count)
-    brevity = min(0.0, 1 - counts[9] / counts[8])
+    brevity = min(0.0, 1 - reference_length / hypothesis_length)
     return min(1.0, math.exp(brevity + log_sum / orders))
-
-def bleu_counts(hypothesis, reference, lowercase=False):
-    """Ten ints: matched and total n-grams of 1 to 4 tokens (4 each), and both lengths in tokens."""
-    hypothesis_tokens = tokenize_13a(hypothesis.lower() if lowercase else hypothesis)
-    reference_tokens = tokenize_13a(reference.lower() if lowercase else reference)
-    matched = []
-    total = []
-    for n in range(1, 5):
-        found = ngrams(hypothesis_tokens, n)
-        matched.append((found & ngrams(reference_tokens, n)).total())  # & takes the lower count
-        total.append(found.total())
-    return [*matched, *total, len(hypothesis_tokens), len(reference_tokens)]
 
 def ngrams(tokens, n):
     """A Counter of the n-grams in a list of tokens."""
     return Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
 
 def tokenize_13a(text):
-    """The tokens that BLEU counts, mteval-13a's: punctuation apart from words, not from digits.
-
-    >>> tokenize_13a("It's 3.5 km, he said.")
-    ["It's", '3.5', 'km', ',', 'he', 'said', '.']
-    """
+    """The tokens that BLEU counts, mteval-13a's: "3.5 km, he said" is 3.5 | km | , | he | said."""
     text = " ".join(text.replace("<skipped>", "").split())
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, character)
@@ -164,7 +157,7 @@ def parse_args():
     add = parser.add_argument
     add("--advantage-terms", default="both", choices=["both", "global", "local"],
         help="GA + LA, or one of them alone, an ablation")
-    add("--show", type=sampling.number(int, 0), default=0, help="the prompt to draw, from 0")
+    add("--show", type=sampling.number(int, 0), default=0, help="prompt to draw, from 0")
     return parser.parse_args()
 
 def main(args):
@@ -182,9 +175,9 @@ def main(args):
         spans = span_advantages(boundaries, groups, lengths, rewards, args.advantage_terms)
         leaf = torch.zeros(rollout["responses"].shape)
         grpo = torch.zeros(rollout["responses"].shape)
-        normalized = zip(zscore(spans), grpo_advantages(rewards))
-        for i, (response_spans, grpo_advantage) in enumerate(normalized):
-            grpo[i, :lengths[i]] = grpo_advantage
+        grpo_advantage = grpo_advantages(rewards)
+        for i, response_spans in enumerate(zscore(spans)):
+            grpo[i, :lengths[i]] = grpo_advantage[i]
             for start, end, advantage in response_spans:
                 leaf[i, start:min(end, lengths[i])] = advantage
         values = [mean_reward(rewards, members) for nodes in groups for members in nodes]
@@ -200,18 +193,17 @@ def main(args):
     mean = sum(prompt["rewards"].mean().item() for prompt in prompts) / len(prompts)
     alike = sum(len(prompt["rewards"].unique()) == 1 for prompt in prompts)
     print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
-          f"{alike} of them have all rewards equal, and so no advantage in this round\n")
-    print(sampling.printable(f"{shown['prompt']}\n  reference  {shown['reference']}\n"))
-    print(f"{'':58}    n    value      raw     LEAF     GRPO")
+          f"{alike} of them have all rewards equal, and so no advantage in this round")
     prompt = prompts[args.show]
+    tree.print_prompt(shown, "n    value      raw     LEAF     GRPO")
     for row in tree.tree_rows(*tree.unpack_tree(trees["prompts"][args.show]), shown["lengths"]):
-        line = tree.span_text(shown, row)
-        line += f"{len(row.members):5}{mean_reward(prompt['rewards'], row.members):9.3f}"
+        columns = [mean_reward(prompt["rewards"], row.members)]
         if row.start < row.end:
-            line += f"{sum(prompt['spans'][i][row.level][2] for i in row.members):9.3f}"
-            line += f"{prompt['leaf'][row.members, row.start].sum():9.3f}"
-            line += f"{prompt['grpo'][row.members, row.start].sum():9.3f}"
-        print(line.rstrip())
+            columns.append(sum(prompt["spans"][i][row.level][2] for i in row.members))
+            columns.append(prompt["leaf"][row.members, row.start].sum())
+            columns.append(prompt["grpo"][row.members, row.start].sum())
+        numbers = "".join(f"{column:9.3f}" for column in columns)
+        print(f"{tree.span_text(shown, row)}{len(row.members):5}{numbers}")
     print("\nn responses share a span; value is their mean reward. The rest are sums over the n,\n"
           "as in the gradient of the shared tokens: LEAF's advantages before (raw) and after the\n"
           "z-score, and GRPO's. (end): identical responses, with no tokens left.")

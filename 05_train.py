@@ -14,11 +14,10 @@ Sizes   N prompts in the round, K responses to each, T tokens in the longest
 Reads   RUN/rollouts.pt, RUN/surprisal.pt, RUN/advantages.pt, the model, RUN/adapter if there
 Writes  RUN/adapter/ (PEFT format, with optimizer.pt and training.json), RUN/train.csv
 Run     python 05_train.py                                       demo, 2 cores: about 8 s
-Differs from the paper: it samples 6 prompts and takes one update, so that the policy that learns is
-the one that sampled, and every ratio is 1. Here N prompts make N / 4 updates: at the last of them
-the policy is N / 4 - 1 updates away from the one that sampled, and the clip has work to do. LoRA
-and learning rate suit the demo. The rate is constant unless --total-steps says how many updates all
-rounds will take; then 5% are warm-up, and a cosine leads to 10%, as in the paper.
+Differs from the paper: it samples 6 prompts and takes one update, so the policy that learns is the
+one that sampled, and every ratio is 1. Here N prompts make N / 4 updates: the policy moves away
+from the one that sampled, and the clip has work to do. LoRA and learning rate suit the demo. The
+rate is constant unless --total-steps is given; then 5% warm-up and a cosine to 10%, as there.
 """
 import argparse
 import json
@@ -71,27 +70,22 @@ def add_lora(model, rank, alpha, dropout):
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
                                             target_modules=layers))
 
-def ready_to_train(model):
-    """The model with dropout on in our LoRA alone; all else stays in eval mode."""
+def ready_to_train(model, gradient_checkpointing):
+    """The model with dropout on in our LoRA alone. With gradient checkpointing a layer keeps its
+    input and recomputes the rest in the backward pass: less memory, the same gradient."""
     for name, part in model.named_modules():
         if name.endswith("lora_dropout.default"):
             part.train()
-    return model
-
-def checkpoint_layers(model):
-    """Gradient checkpointing: a layer keeps its input, and recomputes the rest in the backward
-    pass. Less memory, the same gradient."""
-    for layer in model.get_decoder().layers:
+    for layer in model.get_decoder().layers if gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model
 
 def load_policy(meta, adapter, args):
     """The model with the LoRA to train: the run's adapter or, in the first round, a new one."""
     model, _ = sampling.load_model(meta["model"], adapter, args.device, audio=False)
     if not adapter:
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
-    return ready_to_train(model)
+    return ready_to_train(model, args.gradient_checkpointing)
 
 def train_step(model, optimizer, rollouts, args):
     """One update from a few rollouts, with their surprisal and advantages; a dict of statistics."""
@@ -113,13 +107,13 @@ def train_step(model, optimizer, rollouts, args):
                                  "try a lower --learning-rate")
     optimizer.step()
     optimizer.zero_grad()
-    rewards = torch.cat([rollout["rewards"] for rollout in rollouts])
-    lengths = torch.cat([rollout["lengths"] for rollout in rollouts]).float()
-    alike = sum(len(rollout["rewards"].unique()) == 1 for rollout in rollouts)
-    return {"reward": rewards.mean().item(), "alike": alike / len(rollouts),
-            "kl": torch.cat(kl).mean().item(),
-            "clipped": ((torch.cat(ratios) - 1).abs() > args.clip_eps).float().mean().item(),
-            "length": lengths.mean().item(), "grad_norm": grad_norm}
+    rewards = torch.stack([rollout["rewards"] for rollout in rollouts])  # (prompts, K)
+    lengths = torch.stack([rollout["lengths"] for rollout in rollouts])
+    clipped = (torch.cat(ratios) - 1).abs() > args.clip_eps
+    alike = (rewards == rewards[:, :1]).all(dim=1)
+    return {"reward": rewards.mean().item(), "alike": alike.float().mean().item(),
+            "kl": torch.cat(kl).mean().item(), "clipped": clipped.float().mean().item(),
+            "length": lengths.float().mean().item(), "grad_norm": grad_norm}
 
 def load_optimizer(model, adapter):
     """AdamW on the LoRA's weights, with the moments that the last round left in the adapter."""
@@ -129,20 +123,24 @@ def load_optimizer(model, adapter):
         path = adapter / "optimizer.pt"
         try:
             optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+            if any(optimizer.state[w]["exp_avg"].shape != w.shape for w in weights):
+                raise ValueError("its moments have other shapes than the weights")
         except Exception as error:  # torch raises many kinds for a corrupt file
             raise sampling.UserError(f"{path} is broken: delete {adapter} to start over") from error
     return optimizer
 
 def save_adapter(run, model, optimizer, state):
     """Replace RUN/adapter as a whole: its weights, optimizer and state always belong together."""
+    if not all(weight.isfinite().all() for weight in optimizer.param_groups[0]["params"]):
+        raise sampling.UserError("the LoRA became NaN or infinite: this round is not saved; try a "
+                                 "lower --learning-rate")
     part = Path(run) / "adapter.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
         model.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # an empty model card
-        moments = optimizer.state_dict()
-        sampling.save_file(part / "optimizer.pt", lambda file: torch.save(moments, file))
-        sampling.save_text(part / "training.json", [json.dumps(state, indent=1)])
+        sampling.save_file(part / "optimizer.pt", optimizer.state_dict())
+        sampling.save_file(part / "training.json", json.dumps(state, indent=1))
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
         raise sampling.UserError(f"cannot write {run}/adapter: {error}") from error
@@ -163,8 +161,7 @@ def parse_args():
     add("--method", default="leaf", choices=["leaf", "grpo"], help="whose advantages to train on")
     add("--prompts-per-step", type=count, default=4, help="prompts per update")
     add("--learning-rate", type=size, default=5e-4, help="peak learning rate")
-    add("--total-steps", type=sampling.number(int, 0), default=0,
-        help="updates of all rounds, for warm-up and cosine; 0 = constant rate")
+    add("--total-steps", type=sampling.number(int, 0), default=0, help="of all rounds; 0: constant")
     add("--lora-rank", type=count, default=16, help="rank of a new LoRA")
     add("--lora-alpha", type=count, default=32, help="a new LoRA is scaled by alpha / rank")
     add("--lora-dropout", type=sampling.number(float, 0, 1), default=0.0, help="of a new LoRA")
@@ -207,7 +204,7 @@ def main(args):
         values = [f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()]
         lines = lines or [",".join(row)]  # the header
         lines.append(",".join(values))
-        sampling.save_text(train_csv, lines)
+        sampling.save_file(train_csv, "\n".join(lines) + "\n")
 
     # Write.
     state = {**meta, "policy_id": meta["id"], "method": args.method, "step": step}

@@ -24,29 +24,18 @@ import torch
 sampling = import_module("01_sample")
 advantage = import_module("04_advantage")
 
-PROMPTS_IN_MEMORY = 256  # with their embeddings, at a time
-
 def corpus_bleu(hypotheses, references, lowercase=False):
-    """Corpus BLEU, in 0..100, of hypotheses against one reference each (lists of str).
-
-    The n-gram counts are summed over the corpus first. Equal to sacrebleu's corpus_bleu with 13a
-    tokens and exponential smoothing.
-    """
-    totals = [0] * 10
-    for hypothesis, reference in zip(hypotheses, references, strict=True):
-        counts = advantage.bleu_counts(hypothesis, reference, lowercase)
-        totals = [total + count for total, count in zip(totals, counts)]
-    return 100 * advantage.bleu_score(totals, effective_order=False)
+    """Corpus BLEU, in 0..100, of hypotheses against one reference each (lists of str): the n-grams
+    are counted over the corpus. Equal to sacrebleu's, 13a tokens, exponential smoothing."""
+    pairs = zip(hypotheses, references, strict=True)
+    return 100 * advantage.bleu(pairs, lowercase, effective_order=False)
 
 def answer(model, processor, embeds, args, K, temperature):
     """K answers to each of N prompts: a list of N lists of K str."""
     sampled = sampling.sample_all(model, embeds, args.prompts_per_batch, K, args.max_new_tokens,
                                   temperature, args.top_p)
-    texts = []
-    for responses, lengths in sampled:
-        tokens = [response[:length] for response, length in zip(responses, lengths)]
-        texts.append(processor.tokenizer.batch_decode(tokens, skip_special_tokens=True))
-    return texts
+    tokenizer = processor.tokenizer
+    return [sampling.decode_responses(tokenizer, *responses)[0] for responses in sampled]
 
 def scores(sampled, greedy, references):
     """The scores in eval.csv of sampled answers (N lists of a text per pass) and N greedy ones."""
@@ -59,11 +48,12 @@ def scores(sampled, greedy, references):
 
 def run_settings(run, state):
     """The run's model and prompt options: its adapter's, or its rollouts', or the demo's."""
+    settings = {"model": "tests/demo/model", "system_prompt": "", "raw_prompt": False}
     if state["adapter"]:
-        return state
-    if (Path(run) / "rollouts.pt").exists():
-        return sampling.load_stage(run, "rollouts")["meta"]
-    return {"model": "tests/demo/model", "system_prompt": "", "raw_prompt": False}
+        settings = state
+    elif (Path(run) / "rollouts.pt").exists():
+        settings = sampling.load_stage(run, "rollouts")["meta"]
+    return {name: settings[name] for name in ("model", "system_prompt", "raw_prompt")}
 
 def parse_args():
     parser = sampling.stage_parser(__doc__, prompts_per_batch=32)
@@ -76,22 +66,20 @@ def parse_args():
     add("--temperature", type=sampling.number(float, 0), default=0.9, help="of the sampled passes")
     add("--top-p", type=sampling.number(float, 0.001, 1), default=0.9, help="of the sampled passes")
     add("--seed", type=sampling.number(int, 0), default=0, help="of the sampling")
-    run_s = argparse.SUPPRESS  # no default here: main takes the run's own
-    add("--model", default=run_s, help="folder or hub name (default: the run's, else the demo's)")
-    add("--system-prompt", default=run_s, help="as in 01 (default: the run's)")
-    add("--raw-prompt", default=run_s, action=argparse.BooleanOptionalAction,
-        help="as in 01 (default: the run's)")
+    add("--skip-unreadable", action="store_true", help="leave out recordings that cannot be heard")
+    own = argparse.SUPPRESS  # no default here: main takes the run's own
+    add("--model", default=own, help="folder or hub name (default: the run's, else the demo's)")
+    add("--system-prompt", default=own, help="as in 01 (default: the run's)")
+    add("--raw-prompt", default=own, action=argparse.BooleanOptionalAction, help="as in 01, too")
     return parser.parse_args()
 
 def main(args):
     # Read the test prompts, and load the run's model.
     state = sampling.read_state(args.run)
-    for name in ("model", "system_prompt", "raw_prompt"):
-        if name not in args:
-            setattr(args, name, run_settings(args.run, state)[name])
     sampling.check_flags(args, state, ["model"])
+    args = argparse.Namespace(**{**run_settings(args.run, state), **vars(args)})
     examples = sampling.read_manifest(args.manifest)[:args.num_prompts]
-    references = [example["reference"] for example in examples]
+    quoted_manifest = '"' + args.manifest.replace('"', '""') + '"'
     eval_csv = Path(args.run) / "eval.csv"
     lines = []
     if eval_csv.exists():
@@ -99,47 +87,42 @@ def main(args):
     model, processor = sampling.load_model(args.model, state["adapter"], args.device)
 
     # Answer, with the base and with the adapter, from the same embeddings: the encoder is frozen.
-    policies = [{"round": 0, "step": 0, "method": "base"}]
-    adapter_contexts = [model.disable_adapter if state["adapter"] else nullcontext]
+    examples, embeds = sampling.embed_examples(model, processor, examples, args)
+    references = [example["reference"] for example in examples]
+    base = {"round": 0, "step": 0, "method": "base"}
+    policies = [(base, nullcontext)]
     if state["adapter"]:
-        policies.append({name: state[name] for name in ("round", "step", "method")})
-        adapter_contexts.append(nullcontext)
-    sampled = [[] for _ in policies]
-    greedy = [[] for _ in policies]
-    for number, group in enumerate(sampling.chunks(examples, PROMPTS_IN_MEMORY)):
-        embeds = sampling.embed_examples(model, processor, group, args.system_prompt,
-                                         args.raw_prompt)
-        for p, adapter_context in enumerate(adapter_contexts):
-            torch.manual_seed(1000 * args.seed + number)  # the same for both
-            with adapter_context():
-                sampled[p] += answer(model, processor, embeds, args, args.passes, args.temperature)
-                greedy[p] += [texts[0] for texts in answer(model, processor, embeds, args, 1, 0)]
+        trained = {name: state[name] for name in base}
+        policies = [(base, model.disable_adapter), (trained, nullcontext)]
+    rows = []
+    for policy, adapter_context in policies:
+        torch.manual_seed(1000 * args.seed)  # the same for both
+        with adapter_context():
+            sampled = answer(model, processor, embeds, args, args.passes, args.temperature)
+            greedy = [texts[0] for texts in answer(model, processor, embeds, args, 1, 0)]
+        rows.append({**policy, **scores(sampled, greedy, references), "manifest": quoted_manifest,
+                     "prompts": len(examples), "temperature": args.temperature})
 
     # Write.
-    quoted_manifest = '"' + args.manifest.replace('"', '""') + '"'
-    rows = []
-    for p, policy in enumerate(policies):
-        rows.append({**policy, **scores(sampled[p], greedy[p], references),
-                     "manifest": quoted_manifest, "prompts": len(examples),
-                     "temperature": args.temperature})
     for cells in [rows[0].keys(), *[row.values() for row in rows]]:
-        line = ",".join(str(cell) for cell in cells)
+        line = ",".join(map(str, cells))
         if line not in lines:  # a header, or the same row again
             lines.append(line)
-    sampling.save_text(eval_csv, lines)
-    predictions = []
-    for example, text in zip(examples, greedy[-1]):
-        prediction = {name: example[name] for name in ("id", "prompt", "reference")}
-        predictions.append(json.dumps({**prediction, "prediction": text}, ensure_ascii=False))
-    sampling.save_text(Path(args.run) / "predictions.jsonl", predictions)
+    sampling.save_file(eval_csv, "\n".join(lines) + "\n")
+    predictions = ""
+    for example, text in zip(examples, greedy):
+        prediction = {"id": example["id"], "prompt": example["prompt"],
+                      "reference": example["reference"], "prediction": text}
+        predictions += json.dumps(prediction, ensure_ascii=False) + "\n"
+    sampling.save_file(Path(args.run) / "predictions.jsonl", predictions)
 
     # Show three answers, and the scores.
     print(f"\n{len(examples)} test prompts -> {eval_csv}, {args.run}/predictions.jsonl")
-    for example, text in list(zip(examples, greedy[-1]))[:3]:
+    for example, text in list(zip(examples, greedy))[:3]:
         print(sampling.printable(f"  {example['prompt']}\n    reference   {example['reference']}\n"
                                  f"    prediction  {text}"))
-    print()
     columns = list(rows[0])[:7]  # up to exact_match
+    print()
     for row in [dict(zip(columns, columns)), *rows]:
         print("".join(f"{row[name]:>{max(9, len(name) + 2)}}" for name in columns))
 

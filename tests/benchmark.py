@@ -32,6 +32,7 @@ import time
 import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import soundfile
 import torch
@@ -95,11 +96,16 @@ def generate_each(model, processor, examples, args):
     return tokens
 
 
+def embed_all(model, processor, examples):
+    """What the model hears of each example: a list of (P_i, H)."""
+    options = SimpleNamespace(system_prompt="", raw_prompt=False, skip_unreadable=False)
+    return sampling.embed_examples(model, processor, examples, options)[1]
+
+
 def sample_shared(model, processor, examples, args):
     """Our sampling, listening included."""
-    embeds = list(sampling.embed_examples(model, processor, examples, "", False))
-    sampled = sampling.sample_all(model, embeds, len(examples), args.num_responses, args.max_new_tokens,
-                                  1.0, 0.9)
+    sampled = sampling.sample_all(model, embed_all(model, processor, examples), len(examples),
+                                  args.num_responses, args.max_new_tokens, 1.0, 0.9)
     return sum(lengths.sum().item() for _, lengths in sampled)
 
 
@@ -112,7 +118,8 @@ def padded_logps(model, prompts):
         (K, T), P = responses.shape, len(prompt["embeds"])
         prefix = prompt["embeds"].to(device, embed.weight.dtype).expand(K, -1, -1)
         mask = torch.arange(P + T, device=device) < P + lengths[:, None]
-        with scoring.mixed_precision(embed.weight):
+        half = torch.bfloat16
+        with torch.autocast(device.type, half, enabled=embed.weight.dtype == half):
             hidden = model.get_decoder()(inputs_embeds=torch.cat([prefix, embed(responses)], dim=1),
                                          attention_mask=mask, use_cache=False).last_hidden_state
         logits = sampling.logits_of(model, hidden[:, P - 1:-1])  # (K, T, V)
@@ -150,7 +157,7 @@ def train(logps, model, optimizer, prompts, prompts_per_batch, prompts_per_step)
 def train_shared(model, optimizer, prompts, options):
     """Our training, with 05's options."""
     if options.gradient_checkpointing:
-        training.checkpoint_layers(model)
+        training.ready_to_train(model, gradient_checkpointing=True)
     tries = functools.partial(trie_logps, prompts_per_batch=options.prompts_per_batch)
     tokens = train(tries, model, optimizer, prompts, options.prompts_per_batch, options.prompts_per_step)
     for layer in model.get_decoder().layers:
@@ -257,7 +264,7 @@ def main():
     with tempfile.TemporaryDirectory() as run:
         if args.config:
             model, processor, prompts, name = published_model(args, device, run)
-            for prompt, embeds in zip(prompts, sampling.embed_examples(model, processor, prompts, "", False)):
+            for prompt, embeds in zip(prompts, embed_all(model, processor, prompts)):
                 prompt["embeds"] = embeds
         else:
             name = args.model
@@ -276,7 +283,7 @@ def main():
         take_turns("scoring", lambda some: score(padded_logps, model, some),
                    lambda some: score(tries, model, some), prompts)
         rank, alpha, dropout = (64, 128, 0.05) if args.config else (16, 32, 0.0)
-        model = training.ready_to_train(training.add_lora(model, rank, alpha, dropout))
+        model = training.ready_to_train(training.add_lora(model, rank, alpha, dropout), False)
         optimizer = torch.optim.AdamW((w for w in model.parameters() if w.requires_grad), lr=0.0)
         take_turns("training",
                    lambda some: train(padded_logps, model, optimizer, some, 1, options.prompts_per_step),

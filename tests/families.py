@@ -165,11 +165,10 @@ def memory_of_training(config, gradient_checkpointing, prompts_per_batch=6):
         model = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.bfloat16,
                                                  attn_implementation="sdpa").eval()
     model = training.add_lora(model.requires_grad_(False), 64, 128, 0.05)
-    if gradient_checkpointing:
-        training.checkpoint_layers(model)
     memory = LiveMemory()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        training.ready_to_train(model).to_empty(device="cpu").get_base_model().tie_weights()
+        training.ready_to_train(model, gradient_checkpointing)
+        model.to_empty(device="cpu").get_base_model().tie_weights()
         memory.count([*model.parameters(), *model.buffers()])
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights)

@@ -162,7 +162,7 @@ def test_only_the_language_model_goes_to_the_device(family):
 def test_what_a_clip_is_heard_as_does_not_depend_on_the_others(family, examples):
     model, processor = sampling.load_model(family)
     examples = [{**example, "prompt": "Translate."} for example in examples[:3]]
-    together = list(sampling.embed_examples(model, processor, examples, "", False))
+    _, together = sampling.embed_examples(model, processor, examples, parsed("01_sample.py"))
     assert len({len(prompt_embeds) for prompt_embeds in together}) == 3
     for example, prompt_embeds in zip(examples, together):
         assert torch.equal(hear((model, processor), example, "Translate."), prompt_embeds)

@@ -3,6 +3,7 @@ import json
 from importlib import import_module
 
 import pytest
+from conftest import refusal
 
 sampling = import_module("01_sample")
 
@@ -60,8 +61,8 @@ def test_any_letter_may_stand_in_a_line(tmp_path):
 
 
 def test_a_missing_manifest(tmp_path):
-    refused(tmp_path / "gone.jsonl")
-    refused(tmp_path)
+    for path in (tmp_path / "gone.jsonl", tmp_path):
+        assert str(path) in refusal("01_sample.py", "--run", tmp_path / "run", "--manifest", path)
 
 
 @pytest.mark.parametrize("lines", [[], [""], ["", "  ", "\t"]])

@@ -20,8 +20,8 @@ def tree_of(responses, lengths, boundaries):
 
 
 def rows_of(prompt, boundaries):
-    return tree.tree_rows(*tree.unpack_tree(tree_of(prompt["responses"], prompt["lengths"], boundaries)),
-                           prompt["lengths"])
+    found = tree.unpack_tree(tree_of(prompt["responses"], prompt["lengths"], boundaries))
+    return list(tree.tree_rows(*found, prompt["lengths"]))
 
 
 def drawn(prompt, boundaries, width=WIDE):
@@ -149,7 +149,7 @@ def printed(capsys, script, run, number):
     call(script, "--run", run, "--show", number)
     lines = [line for line in capsys.readouterr().out.splitlines() if "─ " in line]
     prompt, found = (load(run, name)["prompts"][number] for name in ("rollouts", "tree"))
-    rows = tree.tree_rows(*tree.unpack_tree(found), prompt["lengths"])
+    rows = list(tree.tree_rows(*tree.unpack_tree(found), prompt["lengths"]))
     assert len(lines) == len(rows)
     return prompt, [(row, line, [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", line)])
                     for row, line in zip(rows, lines)]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, load
+from conftest import MODEL, load, parsed
 
 sampling = import_module("01_sample")
 
@@ -46,7 +46,7 @@ def test_embeddings_are_those_of_the_models_own_forward(demo, examples, prompt_e
 
 
 def test_embeddings_do_not_depend_on_the_clips_before(demo, examples, prompt_embeds):
-    again = list(sampling.embed_examples(*demo, examples[::-1], "", False))[::-1]
+    again = sampling.embed_examples(*demo, examples[::-1], parsed("01_sample.py"))[1][::-1]
     assert all(torch.equal(a, b) for a, b in zip(again, prompt_embeds))
     assert all(e.dtype == torch.float32 and not e.requires_grad for e in again)
 

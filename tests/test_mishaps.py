@@ -1,0 +1,423 @@
+"""What used to go wrong without a word, what used to lose work: each on an input made here."""
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from importlib import import_module
+
+import peft
+import pytest
+import soundfile
+import torch
+from conftest import MODEL, ROOT, SMALL, TEST, TRAIN, call, load, parsed, refusal, shell
+from safetensors.torch import load_file, save_file
+
+sampling = import_module("01_sample")
+training = import_module("05_train")
+
+RATE = 16000
+SAMPLES = 60480
+CLIP = TRAIN.parent / "train" / "000.ogg"
+EVALUATION = ["--manifest", TEST, "--num-prompts", 1, "--passes", 1, "--max-new-tokens", 2]
+
+
+# Recordings: all samples, or a refusal by name.
+
+@pytest.fixture(scope="module")
+def waves():
+    """Speech-like noise that stops after two seconds, so that a variable bit rate varies."""
+    noise = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0)) * 0.3
+    noise[2 * RATE:] = 0
+    return noise.clamp(-1, 1)
+
+
+def written(path, wave, **settings):
+    soundfile.write(str(path), wave.numpy(), RATE, **settings)
+    return path
+
+
+def heard_or_refused(path, content, samples=SAMPLES):
+    """The number of samples of a recording with this content; 0 if it is refused by name."""
+    path.write_bytes(content)
+    try:
+        found = len(sampling.load_audio(path, RATE))
+    except sampling.UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return 0
+    assert found >= samples
+    return found
+
+
+def without_first_frame(mp3):
+    """An mp3 without its first frame, the one that says how long it is (MPEG-2, layer III)."""
+    rates = [0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160]
+    size = 72 * rates[mp3[2] >> 4] * 1000 // RATE + (mp3[2] >> 1 & 1)
+    return mp3[size:]
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_mp3(tmp_path, waves, mode):
+    path = written(tmp_path / "a.mp3", waves, format="MP3", bitrate_mode=mode, compression_level=0.3)
+    whole = path.read_bytes()
+    tag = b"TAG" + b"a song".ljust(125, b"\0")
+    assert heard_or_refused(path, whole) == heard_or_refused(path, whole + tag) == SAMPLES
+    assert heard_or_refused(path, without_first_frame(whole)) >= SAMPLES * (mode == "CONSTANT")
+    assert heard_or_refused(path, whole + whole) == 0
+    assert heard_or_refused(path, whole[:len(whole) // 2]) == 0
+    header = max(whole.find(b"Xing"), whole.find(b"Info"))
+    for frames in (10, 2**31 - 1):  # fewer than there are, and absurdly many
+        lie = whole[:header + 8] + struct.pack(">I", frames) + whole[header + 12:]
+        assert heard_or_refused(path, lie) == 0
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg(tmp_path, waves, subtype):
+    path = written(tmp_path / "a.ogg", waves, format="OGG", subtype=subtype)
+    whole = path.read_bytes()
+    other = written(tmp_path / "b.ogg", waves, format="OGG", subtype="VORBIS").read_bytes()
+    assert heard_or_refused(path, whole) == SAMPLES
+    last_page = whole.rfind(b"OggS")
+    for content in (whole + whole, whole + other, whole[:len(whole) // 2], whole[:-9],
+                    whole[:last_page], whole[:last_page + 20]):
+        assert heard_or_refused(path, content) == 0
+
+
+def test_flac(tmp_path, waves):
+    path = written(tmp_path / "a.flac", waves)
+    whole = path.read_bytes()
+    assert heard_or_refused(path, whole) == SAMPLES
+    assert heard_or_refused(path, whole[:len(whole) // 2]) == 0
+    for samples in (0, 2**36 - 1):  # unknown, absurdly many
+        lie = bytearray(whole)
+        lie[21:26] = ((lie[21] & 0xF0) << 32 | samples).to_bytes(5, "big")
+        assert heard_or_refused(path, lie) == 0
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "ULAW", "DOUBLE"])
+def test_wav(tmp_path, waves, subtype):
+    path = written(tmp_path / "a.wav", waves, subtype=subtype)
+    whole = path.read_bytes()
+    size = whole.find(b"data") + 4
+
+    def promising(promise):
+        return whole[:size] + struct.pack("<I", promise) + whole[size + 4:]
+
+    note = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf58.29.100\0"
+    assert heard_or_refused(path, whole) == heard_or_refused(path, whole + note) == SAMPLES
+    for stream in (0xFFFFFFFF, 0x7FFFF000):  # written by tools that do not know the length yet
+        assert heard_or_refused(path, promising(stream)) == SAMPLES
+    for content in (whole[:len(whole) // 2], promising(10**7), promising(0), promising(SAMPLES // 2)):
+        assert heard_or_refused(path, content) == 0
+
+
+def test_other_formats_are_refused_since_nobody_checks_them(tmp_path, waves):
+    for name in ("a.aiff", "a.au", "a.w64"):
+        path = written(tmp_path / name, waves)
+        assert heard_or_refused(path, path.read_bytes()[:50000]) == 0
+
+
+def test_samples_on_the_scale_of_integers(tmp_path, waves):
+    path = written(tmp_path / "a.wav", waves * 12000, subtype="FLOAT")
+    with pytest.raises(sampling.UserError, match=f"{path}.*{waves.abs().max() * 12000:g}"):
+        sampling.load_audio(path, RATE)
+
+
+def test_a_length_is_looked_at_before_anything_is_decoded(tmp_path):
+    """Hours of silence take little room in a file, and two billion samples a second none at all."""
+    code = ("import resource, sys; from importlib import import_module\n"
+            "load_audio = import_module('01_sample').load_audio\n"
+            "resource.setrlimit(resource.RLIMIT_DATA, (2 * 2**30, -1))\n"
+            "load_audio(sys.argv[1], 16000, float(sys.argv[2]))")
+    hours = tmp_path / "hours.flac"
+    with soundfile.SoundFile(str(hours), "w", RATE, 1) as file:
+        for _ in range(5 * 60):
+            file.write(torch.zeros(60 * RATE).numpy())
+    fast = written(tmp_path / "fast.wav", torch.zeros(28))
+    content = bytearray(fast.read_bytes())
+    content[24:28] = struct.pack("<I", 2 * 10**9)
+    fast.write_bytes(content)
+    for path, said in ((hours, "18000.00 s"), (fast, "2000000000")):
+        done = subprocess.run([sys.executable, "-c", code, path, "30"], cwd=ROOT, text=True,
+                              capture_output=True)
+        assert "UserError" in done.stderr and said in done.stderr, done.stderr
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A manifest of four clips, of which the second cannot be read and the third has no position."""
+    rows = []
+    for number, audio in enumerate(["a.ogg", "empty.ogg", "short.wav", "d.ogg"]):
+        rows.append(json.dumps({"id": str(number), "audio": audio, "prompt": "Translate.",
+                                "reference": "Hallo."}))
+    for name in ("a.ogg", "d.ogg"):
+        shutil.copy(CLIP, tmp_path / name)
+    (tmp_path / "empty.ogg").write_bytes(b"")
+    written(tmp_path / "short.wav", torch.ones(RATE // 50) / 9)
+    path = tmp_path / "manifest.jsonl"
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_a_clip_of_which_nothing_is_heard(corpus, demo):
+    model, processor = demo
+    [short] = [row for row in sampling.read_manifest(corpus) if row["id"] == "2"]
+    args = parsed("01_sample.py")
+    with pytest.raises(sampling.UserError, match="short.wav"):
+        sampling.embed_examples(model, processor, [short], args)
+
+
+def test_unreadable_clips_are_left_out_and_keep_their_place(corpus, capsys):
+    """Without the flag they stop the round; with it the order of all others is what it was."""
+    run = corpus.parent / "run"
+    options = ["--run", run, *SMALL, "--manifest", corpus, "--num-prompts", 4]
+    assert ".ogg" in refusal("01_sample.py", *options) or ".wav" in refusal("01_sample.py", *options)
+    call("01_sample.py", *options, "--skip-unreadable")
+    said = capsys.readouterr()
+    assert "empty.ogg" in said.out + said.err and "2 of 4" in said.out
+    rollouts = load(run, "rollouts")
+    order = [str(n) for n in sampling.next_slice(4, 0, 4, 0)]
+    assert [rollout["id"] for rollout in rollouts["prompts"]] == [n for n in order if n in "03"]
+    assert rollouts["meta"]["seen"] == 4 and rollouts["meta"]["num_prompts"] == 2
+    call("06_eval.py", "--run", run, *EVALUATION, "--manifest", corpus, "--num-prompts", 4,
+         "--skip-unreadable")
+    assert ",2,0.9" in (run / "eval.csv").read_text()
+
+
+def test_a_corpus_of_which_nothing_can_be_read(corpus):
+    (corpus.parent / "a.ogg").write_bytes(b"")
+    (corpus.parent / "d.ogg").unlink()
+    assert "none" in refusal("01_sample.py", "--run", corpus.parent / "run", *SMALL,
+                             "--manifest", corpus, "--num-prompts", 4, "--skip-unreadable")
+
+
+# Models and adapters.
+
+def changed(path, change):
+    """Rewrite a safetensors file with what change(dict of tensors) leaves."""
+    weights = load_file(path)
+    save_file(change(weights), path, metadata={"format": "pt"})
+
+
+def without(weights, part):
+    return {name: weight for name, weight in weights.items() if part not in name}
+
+
+def renamed(weights, part):
+    return {name.replace(part, "other"): weight for name, weight in weights.items()}
+
+
+def broken(weights, part):
+    return {name: weight * math.nan if part in name else weight for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("change", [without, renamed])
+def test_weights_that_a_checkpoint_lacks(tmp_path, change):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    changed(model / "model.safetensors", lambda weights: change(weights, "layers.1.mlp.up_proj"))
+    sentence = refusal("01_sample.py", "--run", tmp_path / "run", *SMALL, "--model", model)
+    assert "layers.1.mlp.up_proj" in sentence and str(model) in sentence
+
+
+@pytest.mark.parametrize("change", [without, renamed])
+@pytest.mark.parametrize("script, options", [("06_eval.py", EVALUATION), ("05_train.py", []),
+                                             ("01_sample.py", SMALL)])
+def test_weights_that_an_adapter_lacks(tmp_path, rounds, change, script, options):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    changed(run / "adapter" / "adapter_model.safetensors",
+            lambda weights: change(weights, "layers.1.mlp.up_proj.lora_B"))
+    sentence = refusal(script, "--run", run, *options)
+    assert "lora_B" in sentence or "other" in sentence
+    assert str(run / "adapter") in sentence
+
+
+def test_weights_that_are_no_numbers(tmp_path, rounds):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    changed(run / "adapter" / "adapter_model.safetensors",
+            lambda weights: broken(weights, "layers.1.mlp.up_proj.lora_B"))
+    for script, options in (("01_sample.py", SMALL), ("06_eval.py", EVALUATION)):
+        assert "NaN" in refusal(script, "--run", run, *options)
+    assert not (run / "eval.csv").exists()
+
+
+def test_an_update_that_ends_in_nan_is_not_saved(tmp_path, rounds, monkeypatch):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
+    step = torch.optim.AdamW.step
+
+    def overflowing(optimizer):
+        step(optimizer)
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    with pytest.raises(sampling.UserError, match="not saved"):
+        training.main(parsed("05_train.py", "--run", run, "--prompts-per-step", 2))
+    assert before == {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
+
+
+def test_moments_of_other_shapes(tmp_path, rounds):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    path = run / "adapter" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    state["state"][0]["exp_avg"] = torch.zeros(3, 3)
+    torch.save(state, path)
+    assert str(path) in refusal("05_train.py", "--run", run)
+
+
+def test_the_code_that_a_model_brings_is_not_run(tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    mark = tmp_path / "ran"
+    (model / "mine.py").write_text(
+        f"open({str(mark)!r}, 'w')\nfrom transformers import PretrainedConfig\n"
+        "class Mine(PretrainedConfig):\n    model_type = 'mine'\n")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (model / "config.json").write_text(json.dumps(config))
+    command = f"yes | {sys.executable} 01_sample.py --run {tmp_path}/run --model {model}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not mark.exists()
+    assert str(model) in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("template, said", [
+    ("{{ raise_exception('no system role') }}", "no system role"),
+    ("{% for message in messages %}{{ message.role }}{% endfor %}", "<|AUDIO|>")])
+def test_templates_that_fail(tmp_path, template, said):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    for path in model.glob("*chat_template*"):
+        path.unlink()
+    (model / "chat_template.jinja").write_text(template)
+    sentence = refusal("01_sample.py", "--run", tmp_path / "run", *SMALL, "--model", model)
+    assert said in sentence and "--raw-prompt" in sentence
+
+
+# Stage files.
+
+@pytest.mark.parametrize("script, name", [("03_tree.py", "surprisal"), ("04_advantage.py", "tree"),
+                                          ("05_train.py", "surprisal"), ("05_train.py", "advantages")])
+def test_a_stage_file_with_fewer_prompts(tmp_path, rounds, script, name):
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    stage = load(run, name)
+    sampling.save_stage(run, name, stage["meta"], stage["prompts"][:-1])
+    assert f"{name}.pt" in refusal(script, "--run", run)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_no_numbers(handmade, value):
+    stage = load(handmade, "surprisal")
+    stage["prompts"][1]["surprisal"][0, 1] = value
+    sampling.save_stage(handmade, "surprisal", stage["meta"], stage["prompts"])
+    assert "made-1" in refusal("03_tree.py", "--run", handmade)
+    assert not (handmade / "tree.pt").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_manifest_in_the_encodings_of_windows(tmp_path, encoding):
+    row = {"audio": "a.wav", "prompt": "Übersetze.", "reference": "Grüße."}
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding=encoding)
+    assert sampling.read_manifest(path)[0]["reference"] == "Grüße."
+
+
+@pytest.mark.parametrize("content, said", [
+    (b'[{"audio": "a", "prompt": "b", "reference": "c"}]', "one JSON object a line"),
+    (b'[\n{"audio": "a", "prompt": "b", "reference": "c"}\n]', "one JSON object a line"),
+    (b'{"audio": "a", "prompt": "\xff", "reference": "c"}', "line 1")])
+def test_a_manifest_that_is_none(tmp_path, content, said):
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(sampling.UserError, match=said):
+        sampling.read_manifest(path)
+
+
+# The terminal, the folder, the memory.
+
+def test_what_comes_from_data_cannot_steer_the_terminal(handmade, capsys):
+    evil = "\x1b]0;owned\x07\x1b[2J"
+    rollouts = load(handmade, "rollouts")
+    for rollout in rollouts["prompts"]:
+        rollout |= {"prompt": evil, "reference": evil, "texts": [evil] * len(rollout["texts"])}
+    sampling.save_stage(handmade, "rollouts", rollouts["meta"], rollouts["prompts"])
+    call("03_tree.py", "--run", handmade)
+    call("04_advantage.py", "--run", handmade)
+    (handmade / "manifest.jsonl").write_text(json.dumps(
+        {"audio": f"{evil}.wav", "prompt": "Translate.", "reference": "Hallo."}))
+    said = refusal("01_sample.py", "--run", handmade / "run", "--manifest",
+                   handmade / "manifest.jsonl", "--model", MODEL)
+    said += refusal("02_surprisal.py", "--run", handmade / f"a{evil}b")
+    output = capsys.readouterr()
+    assert not {"\x1b", "\x07"} & set(said + output.out + output.err)
+
+
+def test_an_empty_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for script, options in (("01_sample.py", SMALL), ("03_tree.py", [])):
+        assert "--run" in refusal(script, "--run", "", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_temperature_that_underflows_is_greedy(demo, prompt_embeds):
+    model, _ = demo
+    [(greedy, _)] = sampling.sample_responses(model, prompt_embeds[:1], 2, 12, 0, 0.9)
+    [(cold, _)] = sampling.sample_responses(model, prompt_embeds[:1], 2, 12, 1e-38, 0.9)
+    assert greedy.tolist() == cold.tolist()
+
+
+def test_a_second_stage_in_the_same_folder(tmp_path, rounds):
+    """Refused while the first is at work there, and not afterwards."""
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    with sampling.only_stage(run):
+        assert "another stage" in refusal("03_tree.py", "--run", run)
+    call("03_tree.py", "--run", run)
+
+
+def test_two_processes_that_start_together(tmp_path):
+    command = [sys.executable, "01_sample.py", "--run", tmp_path / "run", *SMALL]
+    both = [subprocess.Popen([*map(str, command), "--seed", str(seed)], cwd=ROOT,
+                             stderr=subprocess.PIPE, text=True) for seed in (1, 2)]
+    errors = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    winner = next(seed for seed, process in zip((1, 2), both) if process.returncode == 0)
+    assert "another stage" in errors[2 - winner] and "Traceback" not in errors[2 - winner]
+    assert load(tmp_path / "run", "rollouts")["meta"]["seed"] == winner
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_first(tmp_path, rounds, monkeypatch):
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.setattr(sampling, "load_model", lambda *args, **named: pytest.fail("too late"))
+    began = time.time()
+    assert str(run) in refusal("02_surprisal.py", "--run", run)
+    assert time.time() - began < 5
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ...")])
+def test_memory_that_is_full(tmp_path, error):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        sampling.run_stage(main, lambda: parsed("03_tree.py", "--run", tmp_path))
+    assert "memory" in stop.value.code and "--prompts-per-batch" in stop.value.code
+
+
+@pytest.mark.parametrize("line", ["{python} -OO 03_tree.py --run {run}", "{python} 03_tree.py --run {run} >&-",
+                                  "{python} 03_tree.py --run {run} >&- 2>&-"])
+def test_python_without_docstrings_and_without_output(rounds, tmp_path, line):
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    (run / "tree.pt").unlink()
+    done = subprocess.run(["bash", "-c", line.format(python=sys.executable, run=run)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and (run / "tree.pt").exists()
+
+
+def test_training_without_output(rounds, tmp_path):
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    done = subprocess.run(["bash", "-c", f"{sys.executable} 05_train.py --run {run} >&- 2>&-"], cwd=ROOT)
+    assert done.returncode == 0 and (run / "adapter").exists()
