@@ -126,13 +126,13 @@ def main(model, run):
     libraries = set_up()
     stand_in_for_torchaudio()
     import_module("04_advantage").prompt_rewards = lambda prompt: [0.9, 0.2, 0.4, 0.0]  # so that it learns
-    asked = ["--model", model, "--num-prompts", 3, "--max-new-tokens", 16]
+    asked = ["--model", model, "--num-prompts", 2, "--max-new-tokens", 8, "--device", DEVICE]
     train, test = (ROOT / "tests" / "demo" / f"{split}.jsonl" for split in ("train", "test"))
-    for name, options in 2 * [
-            ("01_sample", ["--num-responses", 4, "--manifest", train, *asked, "--device", DEVICE]),
-            ("02_surprisal", ["--device", DEVICE]), ("03_tree", []), ("04_advantage", []),
-            ("05_train", ["--device", DEVICE, "--gradient-checkpointing"]),
-            ("06_eval", ["--passes", 1, "--manifest", test, *asked, "--device", DEVICE])]:
+    a_round = [("01_sample", ["--num-responses", 4, "--manifest", train, *asked]),
+               ("02_surprisal", ["--device", DEVICE]), ("03_tree", []), ("04_advantage", []),
+               ("05_train", ["--device", DEVICE, "--gradient-checkpointing"])]
+    evaluation = ("06_eval", ["--passes", 1, "--manifest", test, *asked])
+    for name, options in [*a_round, *a_round, evaluation]:
         stage, sys.argv = import_module(name), [name, "--run", run, *map(str, options)]
         with PretendedGpu():
             stage.main(stage.parse_args())

@@ -343,7 +343,7 @@ import_module("01_sample").save_file(sys.argv[1], content)
 """
 
 
-@pytest.mark.parametrize("limit", [10, 900, 4_000, 200_000, 361_000])
+@pytest.mark.parametrize("limit", [10, 4_000, 361_000])
 def test_a_disk_that_fills_up_halfway(tmp_path, limit):
     """No file may grow beyond the limit; torch's archive is cut in its beginning, middle or end."""
     path = tmp_path / "a.pt"
@@ -486,11 +486,10 @@ def test_a_number_that_cannot_be_meant(tmp_path, capsys, script, option, value):
     assert f"{option}: {value} is not from" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["03_tree.py", "04_advantage.py"])
-def test_a_terminal_that_cannot_draw(rounds, tmp_path, monkeypatch, script):
+def test_a_terminal_that_cannot_draw(rounds, tmp_path, monkeypatch):
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = shell(script, "--run", run)
+    done = shell("03_tree.py", "--run", run)
     assert done.returncode == 0 and "??" in done.stdout, done.stderr
 
 
