@@ -96,6 +96,12 @@ def grpo_advantages(rewards):
     scale = max(sample_std(rewards), 1 / 3) + 1e-6
     return torch.tensor([(reward - mean) / scale for reward in rewards])
 
+def count_forks(groups, rewards):
+    """How many boundaries have a node (fork), and how many one whose rewards differ (usable)."""
+    forks = [nodes for nodes in groups if nodes]
+    differ = [any(len({rewards[i] for i in members}) > 1 for members in nodes) for nodes in forks]
+    return len(forks), sum(differ)
+
 # Reward.
 def prompt_rewards(rollout):
     """Step 8: the rewards of a prompt's K responses, in [0, 1]. Edit here for another reward."""
@@ -168,6 +174,7 @@ def main(args):
 
     # Credit every span, and spread its advantage over its tokens.
     prompts = []
+    forks = []
     for rollout, prompt_tree in zip(rollouts["prompts"], trees["prompts"]):
         rewards = prompt_rewards(rollout)
         lengths = rollout["lengths"].tolist()
@@ -180,6 +187,7 @@ def main(args):
             grpo[i, :lengths[i]] = grpo_advantage[i]
             for start, end, advantage in response_spans:
                 leaf[i, start:min(end, lengths[i])] = advantage
+        forks.append([len(boundaries), *count_forks(groups, rewards)])
         values = [mean_reward(rewards, members) for nodes in groups for members in nodes]
         prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32),
                         "node_value": torch.tensor(values), "leaf": leaf, "grpo": grpo,
@@ -192,8 +200,11 @@ def main(args):
     # Show one tree.
     mean = sum(prompt["rewards"].mean().item() for prompt in prompts) / len(prompts)
     alike = sum(len(prompt["rewards"].unique()) == 1 for prompt in prompts)
+    boundaries, fork, usable = torch.tensor(forks).sum(dim=0).tolist()
     print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
-          f"{alike} of them have all rewards equal, and so no advantage in this round")
+          f"{alike} of them have all rewards equal, and so no advantage in this round\n"
+          f"{fork} of {boundaries} boundaries fork: they have a node; {usable} are usable: rewards "
+          "differ in it")
     prompt = prompts[args.show]
     tree.print_prompt(shown, "n    value      raw     LEAF     GRPO")
     for row in tree.tree_rows(*tree.unpack_tree(trees["prompts"][args.show]), shown["lengths"]):

@@ -125,6 +125,7 @@ def main(args):
     print()
     for row in [dict(zip(columns, columns)), *rows]:
         print("".join(f"{row[name]:>{max(9, len(name) + 2)}}" for name in columns))
+    print(f"\nTo look at the run: python tests/report.py --run {args.run}")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args)

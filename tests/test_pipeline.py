@@ -319,8 +319,8 @@ def test_every_stage_says_what_it_wrote_and_ends_in_an_example(pipeline):
         for script, name in zip(SCRIPTS, [*STAGES, "adapter", "eval.csv"]):
             if script in turn:
                 assert name in turn[script].stdout and "Traceback" not in turn[script].stderr
-    assert "base" in pipeline.said[1]["06_eval.py"].stdout.splitlines()[-2]
-    assert "leaf" in pipeline.said[1]["06_eval.py"].stdout.splitlines()[-1]
+    *_, base, leaf, _, last = pipeline.said[1]["06_eval.py"].stdout.splitlines()
+    assert "base" in base and "leaf" in leaf and f"report.py --run {pipeline.run}" in last
 
 
 def test_long_work_has_progress_bars_and_03_and_04_none(pipeline):

@@ -99,7 +99,7 @@ def test_the_demo_is_small():
     assert size_of(DEMO / "train") + size_of(DEMO / "test") < 8 * MEGABYTE
     assert size_of(MODEL) < 6 * MEGABYTE
     assert {path.name for path in DEMO.iterdir()} == {
-        "train", "test", "model", "train.jsonl", "test.jsonl", "make_demo.py"}
+        "train", "test", "model", "train.jsonl", "test.jsonl", "make_demo.py", "report.png"}
 
 
 def test_the_demo_model_is_of_the_class_of_qwen2_audio(demo):

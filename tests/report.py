@@ -1,0 +1,350 @@
+"""Look at a run: one page with its trees, curves and forks.
+
+For each prompt of the round the page plays the clip and draws the tree of the K responses, each
+span coloured by the credit that LEAF and GRPO give it, on one scale. Below are the curves of
+training and evaluation, of several runs if they are given, and how often boundaries fork.
+
+Reads   RUN/rollouts.pt, surprisal.pt, tree.pt, advantages.pt, train.csv, eval.csv: what is there
+Writes  RUN/report.html, of the first run: it needs no network, and no other file but the clips
+Run     python tests/report.py                                            demo: 3 s
+        python tests/report.py --run runs/leaf-0 --run runs/grpo-0        their curves together
+"""
+import argparse
+import base64
+import csv
+import html
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import quote
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sampling = import_module("01_sample")
+tree = import_module("03_tree")
+advantage = import_module("04_advantage")
+
+TRAINING = {"reward": "mean reward", "kl": "KL to the reference, nats", "clipped": "share clipped",
+            "length": "tokens a response", "grad_norm": "gradient norm"}
+EVALUATION = {"bleu_sampled": "BLEU, sampled", "bleu_greedy": "BLEU, greedy",
+              "exact_match": "exact match"}
+
+def load_stages(run):
+    """The stage files of a run: a dict of those that are there, a sentence for each other one."""
+    stages = {}
+    missing = []
+    for name in ("rollouts", "surprisal", "tree", "advantages"):
+        try:
+            stages[name] = sampling.load_stage(run, name, stages.get("rollouts"))
+        except sampling.UserError as error:
+            missing.append(str(error))
+    return (stages if "rollouts" in stages else {}), missing
+
+def prompt_data(stages, number, run, embed_audio):
+    """What the page shows of one prompt, as plain lists and numbers."""
+    rollout = stages["rollouts"]["prompts"][number]
+    lengths = rollout["lengths"].tolist()
+    sizes = []  # of the text of each token, in characters
+    for ends, length in zip(rollout["ends"].tolist(), lengths):
+        sizes.append([end - start for start, end in zip([0, *ends], ends[:length])])
+    data = {"id": rollout["id"], "prompt": rollout["prompt"], "reference": rollout["reference"],
+            "audio": audio_source(rollout["audio"], run, embed_audio), "texts": rollout["texts"],
+            "sizes": sizes}
+    if "surprisal" in stages:
+        surprisal = stages["surprisal"]["prompts"][number]["surprisal"]
+        data["centinats"] = [[round(100 * nats) for nats in row[:length]]
+                             for row, length in zip(surprisal.tolist(), lengths)]
+    if "tree" in stages:
+        credit = stages["advantages"]["prompts"][number] if "advantages" in stages else None
+        boundaries, groups = tree.unpack_tree(stages["tree"]["prompts"][number])
+        data["boundaries"] = boundaries
+        rows = tree.tree_rows(boundaries, groups, lengths)
+        data["rows"] = [row_data(row, credit) for row in rows]
+    return data
+
+def row_data(row, credit):
+    """A span of the tree; its numbers are sums over its n responses, as 04 prints them."""
+    data = {**row._asdict(), "depth": len(row.branch) // 3 - 1}
+    if credit:
+        data["value"] = round(advantage.mean_reward(credit["rewards"], row.members), 3)
+        if row.start < row.end:
+            data["raw"] = round(sum(credit["spans"][i][row.level][2] for i in row.members), 3)
+            for method in ("leaf", "grpo"):
+                data[method] = round(credit[method][row.members, row.start].sum().item(), 3)
+    return data
+
+def audio_source(path, run, embed_audio):
+    """The address of a clip for a page in `run`: relative to it, or the clip itself."""
+    if not embed_audio:
+        return quote(os.path.relpath(path, run))
+    content = base64.b64encode(Path(path).read_bytes()).decode()
+    return f"data:audio/{Path(path).suffix[1:]};base64,{content}"
+
+def wilson(hits, total, z=1.96):
+    """The 95% Wilson interval of a share hits / total: (low, high)."""
+    share = hits / total
+    middle = share + z * z / (2 * total)
+    reach = z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
+    scale = 1 + z * z / total
+    return (middle - reach) / scale, (middle + reach) / scale
+
+def forks_section(stages):
+    """How many boundaries fire (hold a node), how many are usable (rewards differ there), where."""
+    places = []  # of those that fire, as a share of the mean length
+    usable = 0
+    total = 0
+    for number, prompt_tree in enumerate(stages["tree"]["prompts"]):
+        boundaries, groups = tree.unpack_tree(prompt_tree)
+        mean_length = stages["rollouts"]["prompts"][number]["lengths"].float().mean().item()
+        total += len(boundaries)
+        places += [b / mean_length for b, nodes in zip(boundaries, groups) if nodes]
+        if "advantages" in stages:
+            rewards = stages["advantages"]["prompts"][number]["rewards"].tolist()
+            usable += advantage.count_forks(groups, rewards)[1]
+    if total == 0:
+        return ""
+    lines = share_line("fire: two or more responses share their first tokens", len(places), total)
+    if "advantages" in stages:
+        lines += share_line("are usable: the rewards of such responses differ", usable, total)
+    counts = [0] * 10
+    for place in places:
+        counts[min(9, int(10 * place))] += 1
+    bars = [f'<i style="height:{100 * n / max(1, *counts):.0f}%"><b>{n}</b></i>' for n in counts]
+    return (f'<section><h2>Forks</h2>{lines}<div class="bars">{"".join(bars)}</div>'
+            "<p>Where they fire, from the first token to the mean length.</p></section>")
+
+def share_line(label, hits, total):
+    """A share in words, with its interval, as HTML."""
+    low, high = wilson(hits, total)
+    return (f"<p><strong>{hits / total:.1%}</strong> of {total} boundaries {label} (95%: {low:.1%} "
+            f"to {high:.1%}).</p>")
+
+def curves_section(name, runs, columns):
+    """The table `name` of all runs, a chart per column: a line per method, the mean of its runs,
+    in a band from the lowest to the highest of them. The base is a line across."""
+    rows = []
+    for path in [run / name for run in runs if (run / name).exists()]:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        rows += [row for row in csv.DictReader(lines) if (row.get("step") or "").isdecimal()]
+    charts = "".join(chart(label, rows, column) for column, label in columns.items())
+    title = {"train.csv": "Training", "eval.csv": "Evaluation"}[name]
+    return charts and f'<section><h2>{title}</h2><div class="charts">{charts}</div></section>'
+
+def chart(label, rows, column):
+    """One chart as SVG; nothing where no row has a number in this column."""
+    points = {}  # method -> step -> the values of its runs
+    for row in rows:
+        if re.fullmatch(r"-?[\d.]+(e-?\d+)?", row.get(column) or ""):
+            steps = points.setdefault(row["method"], {})
+            steps.setdefault(int(row["step"]), []).append(float(row[column]))
+    if not points:
+        return ""
+    every_step = [step for steps in points.values() for step in steps]
+    every = [value for steps in points.values() for values in steps.values() for value in values]
+    first, last, low, high = min(every_step), max(every_step), min(every), max(every)
+    shapes = ""
+    names = ""
+    methods = sorted(points.keys() - {"base"})
+    for method, steps in sorted(points.items()):
+        color = "base" if method == "base" else f"c{methods.index(method) % 4}"
+        if method == "base":
+            steps = {first: steps[min(steps)], last: steps[min(steps)]}
+        corners = {min: [], statistics.fmean: [], max: []}
+        for step, values in sorted(steps.items()):
+            x = 6 + 288 * (step - first) / max(1, last - first)
+            for function, corner in corners.items():
+                y = 114 - 104 * (function(values) - low) / ((high - low) or 1)
+                corner.append(f"{x:.1f},{y:.1f}")
+        band = " ".join(corners[max] + corners[min][::-1])
+        line = " ".join(corners[statistics.fmean])
+        shapes += f'<g class="{color}"><polygon points="{band}"/><polyline points="{line}"/></g>'
+        final = statistics.fmean(steps[max(steps)])
+        names += f'<span class="{color}">{html.escape(method)} {final:.4g}</span>'
+    return (f'<figure><figcaption>{label}</figcaption><svg viewBox="0 0 300 120" role="img" '
+            f'aria-label="{label}">{shapes}</svg><p><span>{low:.3g} to {high:.3g}</span>'
+            f'<span>update {first} to {last}</span></p><p class="names">{names}</p></figure>')
+
+def build_page(runs, embed_audio=False):
+    """The page, as HTML, for the runs (list of Path); the trees are those of the first one."""
+    stages, missing = load_stages(runs[0])
+    rollouts = stages.get("rollouts", {"meta": {}, "prompts": []})
+    count = len(rollouts["prompts"])
+    prompts = [prompt_data(stages, number, runs[0], embed_audio) for number in range(count)]
+    sections = [f'<p class="missing">{html.escape(sentence)}</p>' for sentence in missing]
+    if "tree" in stages:
+        sections.append(forks_section(stages))
+    for name, columns in (("train.csv", TRAINING), ("eval.csv", EVALUATION)):
+        sections.append(curves_section(name, runs, columns))
+    meta = rollouts["meta"]
+    summary = f"round {meta.get('round', 0)}, {count} prompts, {meta.get('model', '')}"
+    data = json.dumps(prompts, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {"TITLE": html.escape(", ".join(map(str, runs))), "SUMMARY": html.escape(summary),
+             "SECTIONS": "".join(sections), "DATA": data}
+    return re.sub("@([A-Z]+)@", lambda mark: parts[mark[1]], PAGE)
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a page that shows a run.")
+    parser.add_argument("--run", action="append", help="folder of a run (default: runs/demo)")
+    parser.add_argument("--audio", action="store_true", help="put the clips into the page")
+    args = parser.parse_args()
+    runs = [Path(run) for run in args.run or ["runs/demo"]]
+    try:
+        page = runs[0] / "report.html"
+        sampling.save_file(page, build_page(runs, args.audio))
+        print(f"{page}, {page.stat().st_size / 1e6:.1f} MB: open it in a browser")
+    except (sampling.UserError, OSError) as error:
+        sys.exit(sampling.printable(f"report.py: {error}"))
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>@TITLE@</title><style>
+:root { color-scheme: light dark; --ink: #1c2330; --dim: #667085; --line: #d5dae3; --paper: #fbfbfd;
+  --card: #fff; --c0: #2f6fde; --c1: #d9731a; --c2: #2a9d6f; --c3: #a14fc0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #98a2b3; --line: #363d4a;
+  --paper: #14171d; --card: #1c2029; --c0: #7aa8ff; --c1: #f0a45c; --c2: #5fd0a0; --c3: #cf94e8; } }
+* { box-sizing: border-box; margin: 0; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 70rem; margin: auto; padding: 1rem; }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin-bottom: .5rem; }
+section, nav > * { border: 1px solid var(--line); border-radius: .6rem; background: var(--card); }
+section { padding: 1rem; margin: 1rem 0; } nav input { width: 5rem; }
+nav { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .8rem; }
+nav > * { font: inherit; color: inherit; padding: .2rem .6rem; max-width: 100%; }
+audio { width: 100%; max-width: 26rem; height: 2.2rem; display: block; margin-bottom: .5rem; }
+#prompt, #reference, .text, .tokens { white-space: pre-wrap; overflow-wrap: anywhere; }
+#reference, .dim, figure p { color: var(--dim); font-size: .85rem; } .tokens { margin: .3rem 0; }
+.missing { border-left: 3px solid var(--c1); padding-left: .6rem; margin: .5rem 0; }
+.tree, .tree ul { list-style: none; padding-left: 1.1rem; } .tree li { position: relative; }
+.tree li::before, .tree li:not(:last-child)::after { content: ""; position: absolute; left: -.8rem;
+  top: 0; width: .6rem; height: 1rem; border: 0 solid var(--line); border-left-width: 1.5px; }
+.tree li::before { border-bottom-width: 1.5px; border-bottom-left-radius: .4rem; }
+.tree li:not(:last-child)::after { height: 100%; }
+.row { display: flex; gap: .4rem; align-items: flex-start; padding: .12rem 0; cursor: pointer; }
+.row .text { flex: 1; border-radius: .3rem; padding: 0 .35rem; min-width: 0; }
+.row b { font: 500 .82rem/1.5 system-ui; width: 3.6rem; text-align: right; padding: .1rem .3rem;
+  border-radius: .3rem; font-variant-numeric: tabular-nums; flex: none; }
+.opposed .credit { outline: 2px solid var(--ink); } .head { color: var(--dim); }
+#detail { min-height: 3em; margin-top: .5rem; } .cut { border-left: 2px solid var(--ink); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; }
+figcaption { font-weight: 500; } svg { width: 100%; border-bottom: 1px solid var(--line); }
+figure p { display: flex; justify-content: space-between; flex-wrap: wrap; gap: .8rem; }
+polyline { fill: none; stroke: currentColor; stroke-width: 2; } .c0 { color: var(--c0); }
+polygon { fill: currentColor; opacity: .18; } .base { color: var(--dim); stroke-dasharray: 4 4; }
+.c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.bars { display: flex; gap: .3rem; align-items: flex-end; height: 6rem; margin: 2rem 0 .3rem; }
+.bars i { flex: 1; background: var(--c0); border-radius: .2rem .2rem 0 0; text-align: center; }
+.bars b { position: relative; top: -1.3rem; font: .75rem system-ui; color: var(--dim); }
+@media (max-width: 600px) { .row { flex-wrap: wrap; justify-content: flex-end; }
+  body, section { padding: .6rem; } .row .text { flex-basis: 100%; } }
+</style><meta name="viewport" content="width=device-width, initial-scale=1"></head><body>
+<h1>@TITLE@</h1><p class="dim">@SUMMARY@</p>
+<section id="look"><nav><button onclick="move(-1)" aria-label="previous prompt">&larr;</button>
+<input id="number" type="number" min="0" aria-label="number of the prompt"><span id="count"></span>
+<button id="next" onclick="move(1)" aria-label="next prompt">&rarr;</button>
+<select id="sort" onchange="sort()" aria-label="order"><option value="number">by number</option>
+<option value="opposed">LEAF against GRPO first</option></select>
+<select id="view" onchange="draw()" aria-label="view"><option value="tree">credit</option>
+<option value="tokens">surprisal</option></select></nav><audio id="audio" controls preload="none">
+</audio><p id="prompt" dir="auto"></p><p id="reference" dir="auto"></p><div id="main"></div>
+<p id="detail" class="dim"></p></section>@SECTIONS@
+<script type="application/json" id="data">@DATA@</script><script>
+const prompts = JSON.parse(document.getElementById("data").textContent);
+const get = id => document.getElementById(id);
+const order = prompts.map((_, number) => number);
+let place = 0;  // in the order
+function make(tag, className, textContent, parent) {
+  const element = Object.assign(document.createElement(tag), { className, textContent });
+  parent.append(element);
+  return element;
+}
+function tokensOf(prompt, k) {  // sizes count characters, not UTF-16 units
+  const rest = Array.from(prompt.texts[k]);
+  return prompt.sizes[k].map(size => rest.splice(0, size).join(""));
+}
+function tint(credit, most) {
+  const alpha = credit && 0.12 + 0.6 * Math.abs(credit) / most;
+  return credit < 0 ? `rgba(230, 115, 15, ${alpha})` : `rgba(45, 110, 225, ${alpha})`;
+}
+function opposed(row) {  // how far the two are apart where one pushes up and the other down
+  return row.leaf * row.grpo < 0 ? Math.abs(row.leaf - row.grpo) : 0;
+}
+function drawRow(prompt, row, most, parent) {
+  const line = make("div", opposed(row) ? "row opposed" : "row", "", parent);
+  const tokens = tokensOf(prompt, row.members[0]).slice(row.start, row.end);
+  const text = make("span", "text", tokens.join("") || "(end)", line);
+  text.dir = "auto";
+  text.style.background = tint(row.leaf, most);
+  const nats = row.start < row.end && prompt.centinats ?
+    prompt.centinats[row.members[0]][row.start] / 100 : undefined;
+  for (const x of [nats, row.value]) make("b", "", x === undefined ? "" : x.toFixed(2), line);
+  for (const credit of [row.leaf, row.grpo]) {
+    const cell = make("b", "credit", credit === undefined ? "" : credit.toFixed(2), line);
+    cell.style.background = tint(credit, most);
+  }
+  const facts = [`responses ${row.members.join(", ")}`];
+  if (row.leaf !== undefined)
+    facts.push(`sums over them: LEAF ${row.leaf} (${row.raw} before the z-score), GRPO ${row.grpo}`);
+  line.title = facts.join("; ");
+  line.onclick = line.onmouseenter = () => { get("detail").textContent = line.title; };
+}
+function drawTree(prompt) {
+  const credits = prompt.rows.flatMap(row => [row.leaf || 0, row.grpo || 0]);
+  const most = Math.max(1e-9, ...credits.map(Math.abs));
+  const head = make("div", "row head", "", get("main"));
+  make("span", "text", "", head);
+  for (const name of ["nats", "reward", "LEAF", "GRPO"]) make("b", "", name, head);
+  const lists = [make("ul", "tree", "", get("main"))];
+  for (const row of prompt.rows) {
+    const item = make("li", "", "", lists[row.depth]);
+    drawRow(prompt, row, most, item);
+    lists[row.depth + 1] = make("ul", "", "", item);
+  }
+}
+function drawTokens(prompt) {
+  prompt.texts.forEach((_, k) => {
+    const line = make("p", "tokens", "", get("main"));
+    line.dir = "auto";
+    tokensOf(prompt, k).forEach((text, t) => {
+      const isCut = (prompt.boundaries || []).includes(t);
+      const token = make("span", isCut ? "cut" : "", text || "\u00b7", line);
+      const nats = prompt.centinats ? prompt.centinats[k][t] / 100 : 0;
+      token.style.background = `rgba(160, 60, 200, ${Math.min(0.7, nats / 4).toFixed(2)})`;
+      token.title = `${nats.toFixed(2)} nats`;
+      token.onclick = () => { get("detail").textContent = token.title; };
+    });
+  });
+}
+function draw() {
+  const prompt = prompts[order[place]];
+  get("number").value = order[place];
+  for (const name of ["prompt", "reference"]) get(name).textContent = prompt[name];
+  get("audio").src = prompt.audio;
+  get("main").replaceChildren();
+  get("detail").textContent = "Blue is pushed up, orange down; outlined: LEAF and GRPO disagree. "
+    + "Nats: the surprisal of a span's first token.";
+  (get("view").value === "tree" && prompt.rows ? drawTree : drawTokens)(prompt);
+  history.replaceState(null, "", "#" + order[place]);
+}
+function show(number) { place = Math.max(0, order.indexOf(number)); draw(); }
+function move(step) { show(order[(place + step + order.length) % order.length]); }
+function sort() {
+  const score = number => Math.max(0, ...(prompts[number].rows || []).map(opposed));
+  const isByNumber = get("sort").value === "number";
+  order.sort((a, b) => (isByNumber ? 0 : score(b) - score(a)) || a - b);
+  show(order[0]);
+}
+get("number").onchange = () => show(Number(get("number").value));
+onkeydown = event => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (event.target === document.body && step) move(step);
+};
+get("count").textContent = `of ${prompts.length}`;
+if (prompts.length) show(Number(location.hash.slice(1)) || 0); else get("look").remove();
+</script></body></html>
+"""
+
+if __name__ == "__main__":
+    main()
