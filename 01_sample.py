@@ -57,28 +57,42 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
         raise UserError(f"the chat template fails ({error}): try --raw-prompt") from error
     if audio_token not in rendered:
         raise UserError(f"the chat template leaves out {audio_token}: try --raw-prompt")
+    bos = processor.tokenizer.bos_token_id
+    if processor.tokenizer(rendered).input_ids[:2] == [bos, bos]:  # the tokenizer adds one as well
+        rendered = rendered.removeprefix(processor.tokenizer.bos_token)
     return rendered
 
 class StopForward(Exception):
     """Ends a forward pass before the language model, with the embeddings that would enter it."""
 
+def encode(model, processor, wave, text):
+    """What the model's own forward takes: a dict of tensors."""
+    return processor(text=text, audio=wave.numpy(), return_tensors="pt").to(model.device)
+
 @torch.inference_mode()
 def embed_prompt(model, processor, wave, text, name="the clip"):
     """The input embeddings of a prompt: wave (S,) float32, rendered text -> (P, H), on the CPU.
     Each family merges speech and text in its own way: its own forward does it, until a hook stops
-    it before the language model. subtle: a clip at a time, for Granite's encoder masks no padding.
-    UserError, with the clip's name, if the model cannot hear it."""
+    it before the language model or, if that merges them itself (Phi-4), before its first layer.
+    subtle: a clip at a time, for Granite's encoder masks no padding. UserError, with the clip's
+    name, if the model cannot hear it."""
     def stop(module, args, kwargs):
-        raise StopForward(kwargs["inputs_embeds"][0].cpu())
-    hook = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
+        embeds = args[0] if args else kwargs.get("inputs_embeds")
+        if embeds is not None and embeds.is_floating_point():
+            raise StopForward(embeds[0].cpu())
+    decoder = model.get_decoder()
+    hooks = [part.register_forward_pre_hook(stop, with_kwargs=True)
+             for part in (decoder, decoder.layers[0])]
+    torch.manual_seed(0)  # VibeVoice's encoder adds noise
     try:
-        model(**processor(text=text, audio=wave.numpy(), return_tensors="pt").to(model.device))
+        model(**encode(model, processor, wave, text))
     except StopForward as stopped:
         embeds = stopped.args[0]
     except Exception as error:  # each family has its own, for a clip that is too short
         raise UserError(f"the model cannot encode {name}: {error}") from error
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if len(embeds) < len(processor.tokenizer(text).input_ids):  # not even one for the placeholder
         raise UserError(f"{name} is too short: the model hears nothing of it")
     return embeds
@@ -87,14 +101,25 @@ def embed_examples(model, processor, examples, args):
     """The examples of a manifest that can be heard, and embed_prompt of each, a list of (P_i, H).
     One that cannot raises UserError or, with args.skip_unreadable, is named and left out."""
     extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
-    max_seconds = getattr(extractor, "chunk_length", 3600)  # Qwen2-Audio cuts there, silently
     heard = []
     embeds = []
+    longest = 0
     for example in tqdm(examples, desc="encoding audio", unit="clip"):
+        name = example["audio"]
         text = render_prompt(processor, example["prompt"], args.system_prompt, args.raw_prompt)
         try:
-            wave = load_audio(example["audio"], extractor.sampling_rate, max_seconds)
-            embeds.append(embed_prompt(model, processor, wave, text, example["audio"]))
+            wave = load_audio(name, extractor.sampling_rate)
+            prompt_embeds = embed_prompt(model, processor, wave, text, name)
+            if not heard:
+                check_model(model, processor, wave, text, prompt_embeds)
+            if len(wave) > longest:  # would another ending be heard? Qwen2-Audio cuts at 30 s
+                other = torch.cat([wave[:-160], torch.rand(160) - 0.5])
+                if torch.equal(prompt_embeds, embed_prompt(model, processor, other, text, name)):
+                    seconds = len(wave) / extractor.sampling_rate
+                    limit = f"{getattr(extractor, 'chunk_length', 'fewer')} s"
+                    raise UserError(f"{name} lasts {seconds:.2f} s, the model hears {limit} of it")
+                longest = len(wave)
+            embeds.append(prompt_embeds)
             heard.append(example)
         except UserError as error:
             if not args.skip_unreadable:
@@ -110,9 +135,30 @@ def embed_examples(model, processor, examples, args):
 def logits_of(model, hidden):
     """Last hidden states (..., H) -> float32 logits (..., V). subtle: Granite divides its logits by
     logits_scaling, 8 or 16, but its speech class in transformers does not, and greedy output hides
-    it: that is sampling at temperature 1/8."""
-    scale = getattr(model.config.get_text_config(), "logits_scaling", 1.0)
-    return model.get_output_embeddings()(hidden).float() / scale
+    it: that is sampling at temperature 1/8. Gemma caps its logits."""
+    return scale_logits(model, model.get_output_embeddings()(hidden).float())
+
+def scale_logits(model, logits):
+    config = model.config.get_text_config()
+    logits = logits / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+@torch.inference_mode()
+def check_model(model, processor, wave, text, embeds):
+    """Compares the log-probabilities of the token after a prompt by the model's own forward with
+    ours, on the prompt's embeds (P, H). UserError where they differ: the language model takes more
+    than embeddings (Gemma 3n)."""
+    own = model(**encode(model, processor, wave, text)).logits[0, -1].float()
+    hidden = model.get_decoder()(inputs_embeds=embeds[None].to(model.device)).last_hidden_state
+    ours = logits_of(model, hidden[0, -1]).log_softmax(dim=-1)
+    if ours.isnan().any():
+        raise UserError("the logits are NaN: the weights of the model or its adapter are broken")
+    gaps = [(logits.log_softmax(dim=-1) - ours).abs().mean().item()
+            for logits in (own, scale_logits(model, own))]  # scaled by its own forward, or not
+    if not min(gaps) < 0.06:  # right models: 1e-5 in float32, 1e-2 in bfloat16; wrong ones: 0.3
+        raise UserError(f"the log-probabilities of this model differ from those of its own forward "
+                        f"by {min(gaps):.3f} nats: LEAF would train it on wrong numbers")
 
 def choose_tokens(logits, temperature, top_p):
     """A token per row from the top-p nucleus: logits (R, V) -> (R,) int64; greedy at temperature 0.
@@ -142,20 +188,25 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     The K responses share their prompt's row of the cache: a step appends K tokens to it, and a mask
     shows each response the prompt and its own tokens. Copies of the row would give the same, but
     each step would read the prompt, mostly audio, K times."""
+    from transformers import DynamicCache
     decoder = model.get_decoder()
     device = model.device
     eos = torch.tensor(model.generation_config.eos_token_id, device=device)
     N = len(embeds)
     P = max(len(prompt) for prompt in embeds)
+    text_config = model.config.get_text_config()
+    if "sliding_attention" in (getattr(text_config, "layer_types", None) or []) and (
+            P + max_new_tokens > text_config.sliding_window):
+        raise UserError(f"a prompt of {P} tokens and --max-new-tokens {max_new_tokens} exceed the "
+                        f"model's window of {text_config.sliding_window}")
 
     # Prefill, padded on the left, where positions are negative: all prompts end in one column.
     inputs = pad_sequence(embeds, batch_first=True, padding_side="left").to(device)  # (N, P, H)
     positions = torch.stack([torch.arange(len(e) - P, len(e)) for e in embeds]).to(device)  # (N, P)
-    out = decoder(inputs_embeds=inputs, attention_mask=positions >= 0,
-                  position_ids=positions.clamp(min=0), use_cache=True)
+    cache = DynamicCache()  # subtle: a model's own may keep a window of columns, not of positions
+    out = decoder(inputs_embeds=inputs, attention_mask=positions >= 0, use_cache=True,
+                  position_ids=positions.clamp(min=0), past_key_values=cache)
     logits = logits_of(model, out.last_hidden_state[:, -1:]).expand(N, K, -1)
-    if logits.isnan().any():
-        raise UserError("the logits are NaN: the weights of the model or its adapter are broken")
     position = positions[:, -1:].expand(N, K)  # of the last token of each response
     visible = (positions >= 0)[:, None].expand(N, K, P)  # the columns that each response sees
 
@@ -321,10 +372,14 @@ def load_model(model, adapter=None, device="cpu", audio=True):
     no_code = {"trust_remote_code": False}  # a model's own Python code is not run, nor asked about
     try:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        transformers.AutoConfig.from_pretrained(model, **no_code)  # a hub out of reach fails here
+        config = transformers.AutoConfig.from_pretrained(model, **no_code)  # fails soon without hub
+        config = getattr(config, "thinker_config", config)  # Qwen-Omni's part that does not speak
         processor = transformers.AutoProcessor.from_pretrained(model, **no_code) if audio else None
-        lm, loading = transformers.AutoModelForMultimodalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **no_code)
+        auto = transformers.AutoModelForMultimodalLM
+        if type(config) not in auto._model_mapping:  # Audio Flamingo 3
+            auto = transformers.AutoModelForSeq2SeqLM
+        lm, loading = auto.from_pretrained(model, config=config, dtype=dtype,
+                                           output_loading_info=True, **no_code)
         missing = loading["missing_keys"]
         lm = fold_adapters(lm).requires_grad_(False)
         for part in [lm] if audio else [lm.get_decoder(), lm.get_output_embeddings()]:
@@ -420,7 +475,7 @@ def only_stage(run):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise UserError(f"another stage is at work in {run}: wait, or take another --run") from error
+        raise UserError(f"another stage is at work in {run}: wait for its end") from error
     finally:
         os.close(folder)
 

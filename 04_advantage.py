@@ -113,10 +113,10 @@ def sentence_bleu(hypothesis, reference, lowercase=False):
     return bleu([(hypothesis, reference)], lowercase, effective_order=True)
 
 def bleu(pairs, lowercase, effective_order):
-    """BLEU, in [0, 1], of pairs (hypothesis, reference): geometric mean of the precisions of n-grams
-    of 1 to 4 tokens, counted over all pairs, times brevity penalty. Exponential smoothing: the first
-    order without a match counts as 1/2 match, the next as 1/4. effective_order leaves out the orders
-    for which the hypothesis is too short (for sentences)."""
+    """BLEU, in [0, 1], of pairs (hypothesis, reference): geometric mean of the n-gram precisions
+    (1 to 4 tokens, counted over all pairs) times brevity penalty. Exponential smoothing: the first
+    order without a match counts as 1/2 match, the next as 1/4. effective_order leaves out orders
+    for which the hypothesis is too short (sentences)."""
     matched = [0, 0, 0, 0]
     total = [0, 0, 0, 0]
     hypothesis_length = 0

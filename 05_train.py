@@ -65,8 +65,9 @@ def learning_rate(step, total_steps, peak):
 def add_lora(model, rank, alpha, dropout):
     """The model with a new LoRA on the language model's linear layers; it changes nothing yet."""
     from peft import LoraConfig, get_peft_model
-    decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
-    layers = rf"{decoder}\..*\.(q|k|v|o|gate|up|down)_proj"
+    inside = {part for layer in model.get_decoder().layers for part in layer.modules()}
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    layers = [name for name in linear if model.get_submodule(name) in inside]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
                                             target_modules=layers))
 
