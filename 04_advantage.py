@@ -47,10 +47,11 @@ def mean_reward(rewards, members):
     """V, the value of a node (step 3): the mean reward of its members."""
     return sum(float(rewards[i]) for i in members) / len(members)
 
-def span_advantages(boundaries, groups, lengths, rewards, terms="both"):
+def span_advantages(boundaries, groups, lengths, rewards, terms="both", multiplicity=0.5):
     """Step 4: the spans of each response and their advantages, K lists of (start, end, advantage).
     boundaries: ascending token counts; groups[j]: the nodes at boundaries[j], lists of response
-    numbers; lengths (K,); rewards (K,) in [0, 1]; terms: "both", or "global" or "local" alone."""
+    numbers; lengths (K,); rewards (K,) in [0, 1]; terms: "both", or "global" or "local" alone;
+    multiplicity: the exponent of n, 0 to leave the correction out."""
     K = len(lengths)
     root = mean_reward(rewards, range(K))
     spans = []
@@ -69,7 +70,7 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both"):
             GA = value - root
             LA = value - parent
             credit = {"both": GA + LA, "global": GA, "local": LA}[terms]
-            response_spans.append((start, end, credit / math.sqrt(len(members))))
+            response_spans.append((start, end, credit / len(members) ** multiplicity))
             start = end
             parent = value
         spans.append(response_spans)
@@ -163,6 +164,8 @@ def parse_args():
     add = parser.add_argument
     add("--advantage-terms", default="both", choices=["both", "global", "local"],
         help="GA + LA, or one of them alone, an ablation")
+    add("--multiplicity", type=sampling.number(float, 0), default=0.5,
+        help="exponent of n, 0 = no correction for shared spans")
     add("--show", type=sampling.number(int, 0), default=0, help="prompt to draw, from 0")
     return parser.parse_args()
 
@@ -179,7 +182,8 @@ def main(args):
         rewards = prompt_rewards(rollout)
         lengths = rollout["lengths"].tolist()
         boundaries, groups = tree.unpack_tree(prompt_tree)
-        spans = span_advantages(boundaries, groups, lengths, rewards, args.advantage_terms)
+        spans = span_advantages(boundaries, groups, lengths, rewards, args.advantage_terms,
+                                args.multiplicity)
         leaf = torch.zeros(rollout["responses"].shape)
         grpo = torch.zeros(rollout["responses"].shape)
         grpo_advantage = grpo_advantages(rewards)
@@ -194,7 +198,8 @@ def main(args):
                         "spans": [[list(span) for span in response] for response in spans]})
 
     # Write.
-    meta = {**trees["meta"], "advantage_terms": args.advantage_terms}
+    meta = {**trees["meta"], "advantage_terms": args.advantage_terms,
+            "multiplicity": args.multiplicity}
     sampling.save_stage(args.run, "advantages", meta, prompts)
 
     # Show one tree.

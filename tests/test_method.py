@@ -97,6 +97,15 @@ def test_responses_that_ended_are_grouped_with_identical_ones():
 
 # Step 4.
 
+@pytest.mark.parametrize("multiplicity, shared", [(0, [0.2, 0.5]), (0.5, [0.2 / 3**0.5, 0.5 / 2**0.5]),
+                                                  (1, [0.2 / 3, 0.5 / 2])])
+def test_the_exponent_of_n(multiplicity, shared):
+    """Shared spans are divided by n to this power; tails, whose n is 1, by nothing."""
+    spans = advantage.span_advantages(BOUNDARIES, GROUPS, LENGTHS, REWARDS, multiplicity=multiplicity)
+    assert [value for _, _, value in spans[0]] == pytest.approx([*shared, 0.7])
+    assert [value for _, _, value in spans[3]] == pytest.approx([-0.6])
+
+
 @pytest.mark.parametrize("terms, chosen", [("both", (1, 1)), ("global", (1, 0)), ("local", (0, 1))])
 def test_spans_and_credit_of_nested_nodes(terms, chosen):
     def credit_of(global_term, local_term, n=1):
