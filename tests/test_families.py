@@ -323,6 +323,16 @@ def test_a_clip_beyond_30_seconds_is_refused_by_name(tmp_path, folders):
     assert not (tmp_path / "run" / "rollouts.pt").exists()
 
 
+@pytest.mark.parametrize("samples", [1, 160])
+def test_a_clip_that_is_too_short_is_refused_by_name(tmp_path, family, samples):
+    soundfile.write(str(tmp_path / "short.wav"), torch.full((samples,), 0.1).numpy(), 16000)
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"audio": "short.wav", "prompt": "Translate.", "reference": "Hallo."}')
+    options = [*small(family), "--manifest", manifest]
+    assert "short.wav" in refusal("01_sample.py", "--run", tmp_path / "run", *options)
+    assert not list((tmp_path / "run").iterdir())
+
+
 # At full size.
 
 @pytest.mark.parametrize("name, limit", [
