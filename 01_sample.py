@@ -110,21 +110,23 @@ def embed_examples(model, processor, examples, args):
         try:
             wave = load_audio(name, extractor.sampling_rate)
             prompt_embeds = embed_prompt(model, processor, wave, text, name)
-            if not heard:
-                check_model(model, processor, wave, text, prompt_embeds)
             if len(wave) > longest:  # would another ending be heard? Qwen2-Audio cuts at 30 s
-                other = torch.cat([wave[:-160], torch.rand(160) - 0.5])
+                ending = torch.rand(extractor.sampling_rate // 5) - 0.5
+                other = torch.cat([wave[:-len(ending)], ending])
                 if torch.equal(prompt_embeds, embed_prompt(model, processor, other, text, name)):
                     seconds = len(wave) / extractor.sampling_rate
                     limit = f"{getattr(extractor, 'chunk_length', 'fewer')} s"
                     raise UserError(f"{name} lasts {seconds:.2f} s, the model hears {limit} of it")
                 longest = len(wave)
-            embeds.append(prompt_embeds)
-            heard.append(example)
         except UserError as error:
             if not args.skip_unreadable:
                 raise
             tqdm.write(printable(f"left out: {error}"))
+        else:
+            if not heard:
+                check_model(model, processor, wave, text, prompt_embeds)
+            heard.append(example)
+            embeds.append(prompt_embeds)
     if not heard:
         raise UserError(f"none of the {len(examples)} recordings can be heard")
     if len(heard) < len(examples):
