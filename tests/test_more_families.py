@@ -2,6 +2,7 @@
 that mistakes show, held against each family's own forward. What a right model is not is refused."""
 import shutil
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,3 +232,35 @@ def test_nothing_is_written_for_a_model_that_is_refused(tmp_path, rounds, monkey
     with pytest.raises(sampling.UserError):
         scoring.main(scoring.sampling.stage_parser("", 2).parse_args(["--run", str(run)]))
     assert not (run / "surprisal.pt").exists()
+
+
+# Prompts.
+
+class WithBos:
+    """A tokenizer that puts its <s> in front, whatever the text begins with; so does its template."""
+    bos_token, bos_token_id, chat_template = "<s>", 1, "its own"
+
+    def apply_chat_template(self, messages, **options):
+        return "<s>" + messages[-1]["content"]
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=[1] * (1 + text.startswith("<s>")) + [5])
+
+
+def test_no_second_bos():
+    processor = SimpleNamespace(audio_token="<a>", chat_template=None, tokenizer=WithBos())
+    assert sampling.render_prompt(processor, "Listen: <audio>") == "Listen: <a>"
+
+
+def test_a_decoder_that_merges_speech_itself_is_stopped_at_its_first_layer(tmp_path):
+    model = loaded(phi4(), tmp_path)
+    ids = torch.tensor([[5, 9, 11]])
+
+    class Processor:
+        tokenizer = staticmethod(lambda text: SimpleNamespace(input_ids=[5, 9, 11]))
+
+        def __call__(self, **inputs):
+            return transformers.BatchFeature({"input_ids": ids})
+
+    embeds = sampling.embed_prompt(model, Processor(), torch.zeros(16000), "text")
+    torch.testing.assert_close(embeds, model.get_input_embeddings()(ids[0]))
