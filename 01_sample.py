@@ -370,7 +370,7 @@ def load_model(model, adapter=None, device="cpu", audio=True):
     import peft  # subtle: here, because 03 and 04 import this file and should not wait
     import transformers
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")  # of the libraries
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries
     no_code = {"trust_remote_code": False}  # a model's own Python code is not run, nor asked about
     try:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -569,9 +569,9 @@ def read_state(run, rollouts=None):
 def check_flags(args, state, names):
     """Raises UserError if one of these flags is not what the run's adapter was trained with."""
     for name in names:
-        trained = str(state.get(name, ""))
+        trained = str(state.get(name))
         given = str(getattr(args, name, trained))
-        if state["adapter"] and os.path.realpath(given) != os.path.realpath(trained):
+        if name in state and os.path.realpath(given) != os.path.realpath(trained):
             raise UserError(f"--{name.replace('_', '-')} is {given!r}, but {state['adapter']} was "
                             f"trained with {trained!r}: give that, or another --run")
 

@@ -532,3 +532,14 @@ def test_after_a_mishap_the_next_try_goes_through(trained, monkeypatch):
     sampled_round(trained)
     call("05_train.py", "--run", trained)
     assert sampling.read_state(trained)["round"] == 2
+
+
+def test_an_adapter_that_does_not_say_a_flag_contradicts_none(tmp_path, rounds):
+    """As one of an earlier version, whose training.json knew fewer of them."""
+    run = shutil.copytree(rounds.trained, tmp_path / "run")
+    path = run / "adapter" / "training.json"
+    state = json.loads(path.read_text())
+    del state["manifest"], state["system_prompt"]
+    path.write_text(json.dumps(state))
+    call("01_sample.py", "--run", run, *SMALL)
+    assert load(run, "rollouts")["meta"]["round"] == 2
