@@ -97,6 +97,15 @@ def grpo_advantages(rewards):
     scale = max(sample_std(rewards), 1 / 3) + 1e-6
     return torch.tensor([(reward - mean) / scale for reward in rewards])
 
+def spread(spans, lengths):
+    """The spans of K responses of `lengths` tokens -> (K, T) float32: each token has the advantage
+    of its span, 0 at padding."""
+    tokens = torch.zeros(len(lengths), max(lengths))
+    for i, response_spans in enumerate(spans):
+        for start, end, advantage in response_spans:
+            tokens[i, start:min(end, lengths[i])] = advantage
+    return tokens
+
 def count_forks(groups, rewards):
     """How many boundaries have a node (fork), and how many one whose rewards differ (usable)."""
     forks = [nodes for nodes in groups if nodes]
@@ -184,13 +193,9 @@ def main(args):
         boundaries, groups = tree.unpack_tree(prompt_tree)
         spans = span_advantages(boundaries, groups, lengths, rewards, args.advantage_terms,
                                 args.multiplicity)
-        leaf = torch.zeros(rollout["responses"].shape)
-        grpo = torch.zeros(rollout["responses"].shape)
-        grpo_advantage = grpo_advantages(rewards)
-        for i, response_spans in enumerate(zscore(spans)):
-            grpo[i, :lengths[i]] = grpo_advantage[i]
-            for start, end, advantage in response_spans:
-                leaf[i, start:min(end, lengths[i])] = advantage
+        leaf = spread(zscore(spans), lengths)
+        whole = zip(lengths, grpo_advantages(rewards))  # GRPO: a response is one span
+        grpo = spread([[(0, length, advantage)] for length, advantage in whole], lengths)
         forks.append([len(boundaries), *count_forks(groups, rewards)])
         values = [mean_reward(rewards, members) for nodes in groups for members in nodes]
         prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32),

@@ -1,0 +1,200 @@
+"""Does span credit show in training? Many runs of the demo, over methods, learning rates and seeds.
+
+A run trains as 01 to 05 do, with their functions, settings and draws, but in one process, from
+recordings encoded once for all runs. After every round the test prompts are answered 5 times, with
+the sampling of 01; a run reports the mean reward of these answers. Methods with the same seed see
+the same prompts and, in the first round, the same responses. So they are compared in pairs: the
+reward minus GRPO's, with a 95% interval over seeds (Student's t).
+
+bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three learning rates: that
+        with the highest mean reward at the end of the first two seeds
+k16     32 prompts x 16 responses, 8 seeds, at those learning rates
+exact   64 x 8 again, 5 seeds, at those learning rates, the reward 1 for an exact answer, else 0
+
+Run     python tests/compare.py                                  2 cores: hours
+A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
+so give another --out, or delete the folder, when the code has changed.
+"""
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gradients import (REWARDS, advantage, evaluation, sample_rollouts, sampling, scoring,
+                       token_advantages, training, tree)
+
+METHODS = ["grpo", "leaf", "global", "local", "multiplicity 0"]
+LEARNING_RATES = ["5e-4", "2e-4", "1e-3"]
+EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu"},
+               "k16": {"N": 32, "K": 16, "seeds": 8, "reward": "bleu"},
+               "exact": {"N": 64, "K": 8, "seeds": 5, "reward": "exact"}}
+T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # by n - 1
+
+
+def defaults(stage):
+    """The flags of a stage when none is given."""
+    sys.argv = sys.argv[:1]
+    return stage.parse_args()
+
+
+def encode_demo(path):
+    """Embeds of the demo's training and test prompts, in a file that all runs read."""
+    if not path.exists():
+        args = defaults(sampling)
+        model, processor = sampling.load_model(args.model)
+        content = []
+        for manifest in (args.manifest, defaults(evaluation).manifest):
+            examples = sampling.read_manifest(manifest)
+            content.append(sampling.embed_examples(model, processor, examples, args))
+        sampling.save_file(path, content)
+
+
+def test_reward(model, tokenizer, test, reward, seed, args):
+    """The mean reward, 0..100, of 5 sampled answers to each test prompt."""
+    torch.manual_seed(1000 * seed)
+    answers = sample_rollouts(model, tokenizer, *test, 5, args)
+    return 100 * statistics.fmean(value for rollout in answers for value in reward(rollout))
+
+
+def score(model, rollouts, prompts_per_batch):
+    """Adds to each rollout what 02 says of it."""
+    for batch in sampling.chunks(rollouts, prompts_per_batch):
+        with torch.inference_mode():
+            logp_old = scoring.score_responses(model, batch)
+            with model.disable_adapter():
+                logp_ref = scoring.score_responses(model, batch)
+        for rollout, old, ref in zip(batch, logp_old, logp_ref):
+            rollout |= {"logp_old": old, "logp_ref": ref, "surprisal": -old}
+
+
+def train_round(model, optimizer, rollouts, method, reward, args):
+    """What 03, 04 and 05 do with the scored rollouts of a round."""
+    for rollout in rollouts:
+        rollout["rewards"] = reward(rollout)
+        rollout["credit"] = token_advantages(method, rollout, defaults(tree).fork_budget)
+        rollout["rewards"] = torch.tensor(rollout["rewards"])
+    for batch in sampling.chunks(rollouts, args.prompts_per_step):
+        training.train_step(model, optimizer, batch, args)
+
+
+def one_run(out, N, K, reward, method, rate, seed, rounds):
+    """Train the demo for some rounds; the mean test rewards, before the first and after each."""
+    train_args = defaults(training)
+    train_args.method = "credit"
+    args = defaults(sampling)
+    (examples, embeds), test_set = torch.load(out / "embeds.pt", weights_only=True)
+    model, processor = sampling.load_model(args.model)
+    torch.manual_seed(1000 * seed + 1)  # as 05 in the first round
+    model = training.add_lora(model, train_args.lora_rank, train_args.lora_alpha,
+                              train_args.lora_dropout)
+    optimizer = training.load_optimizer(model, None)
+    optimizer.param_groups[0]["lr"] = float(rate)
+    test = (model, processor.tokenizer, test_set, REWARDS[reward], seed, args)
+    rewards = [test_reward(*test)]
+    for number in range(rounds):
+        order = sampling.next_slice(len(examples), N * number, N, seed)
+        torch.manual_seed(1000 * seed + number)  # as 01
+        rollouts = sample_rollouts(model, processor.tokenizer, [examples[n] for n in order],
+                                   [embeds[n] for n in order], K, args)
+        score(model, rollouts, train_args.prompts_per_batch)
+        train_round(model, optimizer, rollouts, method, REWARDS[reward], train_args)
+        rewards.append(test_reward(*test))
+    return rewards
+
+
+def work(out, threads, run):
+    """One run, whose rewards go into a CSV file at its end; the file's name."""
+    torch.set_num_threads(threads)
+    sys.stderr = open(os.devnull, "w")  # the bars of several runs at once
+    rewards = one_run(out, **run)
+    lines = ["round,reward\n"] + [f"{n},{value:.3f}\n" for n, value in enumerate(rewards)]
+    sampling.save_file(run_file(out, run), "".join(lines))
+    return run_file(out, run).stem
+
+
+def run_file(out, run):
+    name = "-".join(f"{key} {value}" for key, value in run.items())
+    return out / f"{name}.csv".replace(" ", "_")
+
+
+def read_run(out, run):
+    """Mean test rewards of a finished run, 0..100, one before training and one after each round."""
+    return [float(line.split(",")[1]) for line in run_file(out, run).read_text().splitlines()[1:]]
+
+
+def do_all(out, runs, jobs):
+    """All the runs that have no file yet, `jobs` at a time."""
+    missing = [run for run in runs if not run_file(out, run).exists()]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        finished = pool.map(partial(work, out, max(1, os.cpu_count() // jobs)), missing)
+        for number, name in enumerate(finished, 1):
+            print(f"{number} of {len(missing)}: {name}", flush=True)
+
+
+def runs_of(name, rates, seeds, rounds):
+    """The runs of an experiment, dicts: for each seed and method, one at each of its rates."""
+    setting = {key: EXPERIMENTS[name][key] for key in ("N", "K", "reward")}
+    return [{**setting, "method": method, "rate": rate, "seed": seed, "rounds": rounds}
+            for seed in range(seeds) for method in rates for rate in rates[method]]
+
+
+def best_rate(out, method, seeds, rounds):
+    """The learning rate with the highest mean of the last rewards."""
+    totals = {}
+    for rate in LEARNING_RATES:
+        runs = runs_of("bleu", {method: [rate]}, seeds, rounds)
+        totals[rate] = sum(read_run(out, run)[-1] for run in runs)
+    return max(totals, key=totals.get)
+
+
+def show(out, name, rates, seeds, rounds):
+    """Print an experiment: mean rewards, and the paired differences to GRPO, for each method."""
+    print(f"\n{name}: {EXPERIMENTS[name]}; seeds: {seeds}\n")
+    columns = "".join(f"{f'round {n}':>9}" for n in range(rounds + 1))
+    print(f"{'method':16}{'rate':>6}  {columns}   minus GRPO, 95%, after each round")
+    rewards = {}
+    for method in METHODS:
+        runs = runs_of(name, {method: rates[method]}, seeds, rounds)
+        rewards[method] = [read_run(out, run) for run in runs]
+        means = [statistics.fmean(values) for values in zip(*rewards[method])]
+        line = f"{method:16}{rates[method][0]:>6}  " + "".join(f"{mean:9.1f}" for mean in means)
+        for n in range(1, rounds + 1) if method != "grpo" else []:
+            gaps = [ours[n] - grpo[n] for ours, grpo in zip(rewards[method], rewards["grpo"])]
+            half = T95[seeds - 1] * advantage.sample_std(gaps) / seeds ** 0.5
+            line += f"   {statistics.fmean(gaps):+.1f} ± {half:.1f}"
+        print(line)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, default="runs/compare", help="folder of the finished runs")
+    add("--jobs", type=sampling.number(int, 1), default=2, help="runs at a time")
+    add("--rounds", type=sampling.number(int, 1), default=4, help="rounds of training in a run")
+    add("--seeds", type=int, choices=range(1, 11), help="instead of the experiment's own number")
+    add("--only", choices=list(EXPERIMENTS), help="one experiment instead of all")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    encode_demo(args.out / "embeds.pt")
+    selection = min(2, args.seeds or 2)
+    every_rate = dict.fromkeys(METHODS, LEARNING_RATES)
+    do_all(args.out, runs_of("bleu", every_rate, selection, args.rounds), args.jobs)
+    rates = {method: [best_rate(args.out, method, selection, args.rounds)] for method in METHODS}
+    for name in EXPERIMENTS if args.only is None else [args.only]:
+        seeds = args.seeds or EXPERIMENTS[name]["seeds"]
+        do_all(args.out, runs_of(name, rates, seeds, args.rounds), args.jobs)
+        show(args.out, name, rates, seeds, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A run of tests/compare.py trains as the scripts do; its tables are those of its runs' files."""
+import statistics
+from importlib import import_module
+
+import peft
+import pytest
+import torch
+from conftest import call, load, parsed
+
+import compare
+
+sampling = import_module("01_sample")
+training = import_module("05_train")
+
+
+@pytest.mark.parametrize("method", ["grpo", "leaf"])
+def test_a_round_is_that_of_the_scripts(method, tmp_path, monkeypatch):
+    """The same prompts, responses and updates: the same LoRA, to the bit."""
+    monkeypatch.setattr("sys.argv", ["compare.py"])
+    few = ["--num-prompts", 8, "--num-responses", 4, "--seed", 3]
+    call("01_sample.py", "--run", tmp_path, *few)
+    for script in ("02_surprisal.py", "03_tree.py", "04_advantage.py"):
+        call(script, "--run", tmp_path)
+    call("05_train.py", "--run", tmp_path, "--method", method, "--learning-rate", 1e-3)
+
+    trained = []
+    real_round = compare.train_round
+    monkeypatch.setattr(compare, "train_round",
+                        lambda model, *rest: (real_round(model, *rest), trained.append(model)))
+    examples = sampling.read_manifest("tests/demo/train.jsonl")
+    embeds = [torch.zeros(1, 1)] * len(examples)
+    rollouts = load(tmp_path, "rollouts")["prompts"]
+    for rollout in rollouts:
+        embeds[[example["id"] for example in examples].index(rollout["id"])] = rollout["embeds"]
+    test_set = (examples[:1], [rollouts[0]["embeds"]])
+    sampling.save_file(tmp_path / "embeds.pt", [(examples, embeds), test_set])
+    rewards = compare.one_run(tmp_path, N=8, K=4, reward="bleu", method=method, rate="1e-3", seed=3, rounds=1)
+
+    assert len(rewards) == 2 and all(0 <= reward <= 100 for reward in rewards)
+    found = peft.get_peft_model_state_dict(trained[0])
+    wanted = peft.load_peft_weights(str(tmp_path / "adapter"), device="cpu")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_embeds, examples):
+    """All runs but one are there: that one is made, the others stay, and the table is theirs."""
+    monkeypatch.setattr(compare, "METHODS", ["grpo", "leaf"])
+    monkeypatch.setattr(compare, "LEARNING_RATES", ["5e-4", "1e-3"])
+    monkeypatch.setattr(compare, "EXPERIMENTS", {"bleu": {"N": 4, "K": 2, "seeds": 3, "reward": "bleu"}})
+    embeds = [prompt.clone() for prompt in prompt_embeds]
+    sampling.save_file(tmp_path / "embeds.pt", [(examples, embeds), (examples[:1], embeds[:1])])
+    rewards = {("grpo", "5e-4"): [60, 62, 64], ("grpo", "1e-3"): [50, 52, 99],  # the third seed has no say
+               ("leaf", "5e-4"): [40, 42, 44], ("leaf", "1e-3"): [63, 66, 69]}
+    runs = compare.runs_of("bleu", dict.fromkeys(compare.METHODS, compare.LEARNING_RATES), seeds=3, rounds=1)
+    missing = runs[0]
+    assert (missing["method"], missing["rate"], missing["seed"]) == ("grpo", "5e-4", 0)
+    for run in runs[1:]:
+        reward = rewards[run["method"], run["rate"]][run["seed"]]
+        compare.run_file(tmp_path, run).write_text(f"round,reward\n0,10\n1,{reward}\n", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["compare.py", "--out", str(tmp_path), "--rounds", "1", "--jobs", "1"])
+    compare.main()
+    base, made = compare.read_run(tmp_path, missing)
+    assert 0 <= base <= 100 and 0 <= made <= 100
+
+    compare.run_file(tmp_path, missing).write_text("round,reward\n0,10\n1,60\n", encoding="utf-8")
+    capsys.readouterr()
+    compare.main()  # nothing is left to do
+    grpo, leaf = capsys.readouterr().out.splitlines()[-2:]
+    assert grpo.split() == ["grpo", "5e-4", "10.0", "62.0"]
+    half = 4.303 * statistics.stdev([63 - 60, 66 - 62, 69 - 64]) / 3 ** 0.5
+    assert leaf.split() == ["leaf", "1e-3", "10.0", "66.0", "+4.0", "±", f"{half:.1f}"]

@@ -1,0 +1,121 @@
+"""The gradients of tests/gradients.py are the stages' own, and the true one is that of the reward."""
+import csv
+import shutil
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import call, load, parsed, refusal
+
+import gradients
+
+sampling = import_module("01_sample")
+scoring = import_module("02_surprisal")
+advantage = import_module("04_advantage")
+training = import_module("05_train")
+
+FLAGS = {"leaf": [], "global": ["--advantage-terms", "global"], "local": ["--advantage-terms", "local"],
+         "multiplicity 0": ["--multiplicity", 0]}
+
+
+@pytest.fixture(scope="module")
+def policy(rounds):
+    """The demo with a new LoRA, as 05 makes it, and the LoRA's weights."""
+    torch.manual_seed(0)
+    meta = torch.load(rounds.sampled / "rollouts.pt", weights_only=True)["meta"]
+    model = training.load_policy(meta, None, parsed("05_train.py"))
+    return model, [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def credited(run, options=()):
+    """The prompts of a run's files after 04 with these options, each as a dict of all its keys."""
+    rewards = [prompt["rewards"].tolist() for prompt in load(run, "advantages")["prompts"]]
+    with pytest.MonkeyPatch.context() as patch:
+        iterator = iter(rewards)
+        patch.setattr(advantage, "prompt_rewards", lambda rollout: next(iterator))
+        advantage.main(parsed("04_advantage.py", "--run", run, *options))
+    names = ("rollouts", "surprisal", "advantages")
+    prompts = [{**a, **b, **c} for a, b, c in zip(*(load(run, name)["prompts"] for name in names))]
+    for prompt, values in zip(prompts, rewards):
+        prompt["rewards"] = values
+    return prompts
+
+
+@pytest.mark.parametrize("method", ["grpo", *FLAGS])
+def test_a_methods_gradient_is_that_of_05s_loss(rounds, policy, method, tmp_path):
+    model, weights = policy
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    for rollout in credited(run, FLAGS.get(method, [])):
+        [logp] = scoring.score_responses(model, [rollout])
+        loss = training.policy_loss(logp, rollout["logp_old"], rollout["logp_ref"],
+                                    rollout["grpo" if method == "grpo" else "leaf"],
+                                    scoring.response_mask(rollout), clip_eps=0.2, kl_weight=0.02)
+        wanted = -torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+        found = gradients.method_gradients(model, rollout, weights, fork_budget=2)
+        assert wanted.norm() > 0.01
+        torch.testing.assert_close(found[gradients.METHODS.index(method)], wanted, atol=1e-5, rtol=1e-3)
+
+
+def expected_reward(model, embeds):
+    """Of an answer of one token that is rewarded if it is even: known without sampling."""
+    hidden = model.get_decoder()(inputs_embeds=embeds[None]).last_hidden_state[0, -1]
+    return sampling.logits_of(model, hidden).softmax(dim=-1)[::2].sum().item()
+
+
+@torch.no_grad()
+def slope(model, weights, embeds, direction, step=0.02):
+    """How fast the expected reward grows in a direction, by finite differences."""
+    before = torch.nn.utils.parameters_to_vector(weights)
+    ends = []
+    for sign in (1, -1):
+        torch.nn.utils.vector_to_parameters(before + sign * step * direction, weights)
+        ends.append(expected_reward(model, embeds))
+    torch.nn.utils.vector_to_parameters(before, weights)
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+def test_true_gradient_is_that_of_the_expected_reward(policy, prompt_embeds):
+    model, weights = policy
+    embeds = prompt_embeds[0].clone()
+    torch.manual_seed(0)
+    groups = []
+    for responses, lengths in sampling.sample_responses(model, [embeds] * 8, K=256, max_new_tokens=1,
+                                                        temperature=1.0, top_p=1.0):
+        groups.append({"embeds": embeds, "responses": responses.clone(), "lengths": lengths.clone(),
+                       "rewards": (responses[:, 0] % 2 == 0).float().tolist()})
+    gradient = gradients.true_gradient(model, groups, weights)
+    steepest = gradient / gradient.norm()
+    one_layer = torch.zeros_like(gradient)
+    one_layer[:len(gradient) // 4] = steepest[:len(gradient) // 4]
+    for direction in (steepest, one_layer / one_layer.norm()):
+        assert direction @ gradient > 0.1
+        assert slope(model, weights, embeds, direction) == pytest.approx((direction @ gradient).item(), rel=0.1)
+
+
+def test_cosines_of_the_true_gradient_with_itself(rounds, policy, tmp_path):
+    first, second = credited(shutil.copytree(rounds.sampled, tmp_path / "run"))
+    prompts = [[first] * 4, [second] * 4, [second] * 4, [first] * 4]
+    columns = gradients.measure(*policy[:1], prompts, policy[1], fork_budget=2)
+    for name in gradients.COSINES:
+        cosines = dict(zip(gradients.METHODS, columns[name].tolist()))
+        assert cosines["sum"] == pytest.approx(1, abs=1e-4)
+        assert 0 < cosines["leaf"] < 0.999 and cosines["leaf"] != cosines["global"]
+        if name != "prompt_cosine":  # there are two prompts, but the groups of each are the same
+            assert (columns[f"{name}_se"] < 1e-4).all()
+
+
+def test_a_group_with_all_rewards_equal_points_nowhere(rounds, policy, tmp_path):
+    rollout = credited(shutil.copytree(rounds.sampled, tmp_path / "run"))[0]
+    found = gradients.method_gradients(policy[0], {**rollout, "rewards": [0.5] * 4}, policy[1], fork_budget=2)
+    assert not found.any()
+
+
+def test_the_command(tmp_path):
+    sentence = refusal("tests/gradients.py", "--run", tmp_path / "run", "--num-samples", 20)
+    assert "--num-samples has to be a multiple of 2 K" in sentence
+    call("tests/gradients.py", "--run", tmp_path / "run", "--num-prompts", 4, "--num-samples", 8,
+         "--num-responses", 2, "--reward", "exact", "--out", tmp_path / "table.csv")
+    rows = list(csv.DictReader(open(tmp_path / "table.csv", encoding="utf-8")))
+    assert [row["method"] for row in rows] == gradients.METHODS
+    for row in rows:
+        assert all(-1 <= float(row[name]) <= 1 and float(row[f"{name}_se"]) >= 0 for name in gradients.COSINES)
