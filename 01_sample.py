@@ -14,8 +14,11 @@ Run     python 01_sample.py                                      demo, 2 cores: 
 Differs from the paper: it trains at once on 6 sampled prompts; here a round has N (05 says more).
 """
 import argparse
+import base64
 import fcntl
 import hashlib
+import inspect
+import io
 import json
 import math
 import os
@@ -66,8 +69,20 @@ class StopForward(Exception):
     """Ends a forward pass before the language model, with the embeddings that would enter it."""
 
 def encode(model, processor, wave, text):
-    """What the model's own forward takes: a dict of tensors."""
-    return processor(text=text, audio=wave.numpy(), return_tensors="pt").to(model.device)
+    """What the model's own forward takes of wave (S,) and rendered text: a dict of tensors."""
+    torch.manual_seed(0)  # VibeVoice's encoder adds noise
+    if "audio" in inspect.signature(processor.__call__).parameters:
+        return processor(text=text, audio=wave.numpy(), return_tensors="pt").to(model.device)
+    # Voxtral's takes a clip in a conversation only, as a file.
+    import mistral_common  # subtle: without it transformers takes a tokenizer that cannot do it
+    file = io.BytesIO()
+    soundfile.write(file, wave.numpy(), processor.feature_extractor.sampling_rate, format="WAV",
+                    subtype="FLOAT")
+    clip = {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
+    before, after = text.split(processor.audio_token)
+    parts = [{"type": "text", "text": before}, clip, {"type": "text", "text": after}]
+    content = [part for part in parts if part.get("text") != ""]
+    return processor.apply_chat_template([{"role": "user", "content": content}]).to(model.device)
 
 @torch.inference_mode()
 def embed_prompt(model, processor, wave, text, name="the clip"):
@@ -83,13 +98,12 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
     decoder = model.get_decoder()
     hooks = [part.register_forward_pre_hook(stop, with_kwargs=True)
              for part in (decoder, decoder.layers[0])]
-    torch.manual_seed(0)  # VibeVoice's encoder adds noise
     try:
         model(**encode(model, processor, wave, text))
     except StopForward as stopped:
         embeds = stopped.args[0]
     except Exception as error:  # each family has its own, for a clip that is too short
-        raise UserError(f"the model cannot encode {name}: {error}") from error
+        raise UserError(f"the model cannot encode {name}: {reason(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -152,7 +166,10 @@ def check_model(model, processor, wave, text, embeds):
     ours, on the prompt's embeds (P, H). UserError where they differ: the language model takes more
     than embeddings (Gemma 3n)."""
     own = model(**encode(model, processor, wave, text)).logits[0, -1].float()
-    hidden = model.get_decoder()(inputs_embeds=embeds[None].to(model.device)).last_hidden_state
+    try:
+        hidden = model.get_decoder()(inputs_embeds=embeds[None].to(model.device)).last_hidden_state
+    except Exception as error:
+        raise UserError(f"this model takes more than embeddings: {reason(error)}") from error
     ours = logits_of(model, hidden[0, -1]).log_softmax(dim=-1)
     if ours.isnan().any():
         raise UserError("the logits are NaN: the weights of the model or its adapter are broken")
@@ -363,6 +380,13 @@ def fold_adapters(model):
     vars(model).pop("peft_config", None)
     return model
 
+def reason(error):
+    """What a library says, on one line, with the packages that it misses."""
+    text = " ".join(str(error).split()).rstrip(".")
+    optional = ("torchaudio", "torchvision", "pillow", "mistral_common", "soxr")
+    missing = " ".join(package for package in optional if package in text.lower())
+    return f"{text}: pip install {missing}" if missing else text
+
 def load_model(model, adapter=None, device="cpu", audio=True):
     """A speech LLM (folder or hub name), with our LoRA (PEFT folder) on top if given: (model,
     processor), in eval mode, bfloat16 on a GPU, float32 on a CPU. Without audio, no processor, and
@@ -394,9 +418,7 @@ def load_model(model, adapter=None, device="cpu", audio=True):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library has exceptions of its own for what it cannot read
-        reason = " ".join(str(error).split())
-        hint = ": pip install torchaudio" if "torchaudio" in reason else ""  # Granite's features
-        raise UserError(f"cannot load {adapter or model} on {device}: {reason}{hint}") from error
+        raise UserError(f"cannot load {adapter or model} on {device}: {reason(error)}") from error
     if missing:  # they would be drawn at random, each time anew
         raise UserError(f"{adapter or model} lacks weights, or has others: {sorted(missing)[0]}")
     if audio:  # EOS may be a list, and the tokenizer may know one more: stop on any of them

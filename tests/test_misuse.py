@@ -543,3 +543,13 @@ def test_an_adapter_that_does_not_say_a_flag_contradicts_none(tmp_path, rounds):
     path.write_text(json.dumps(state))
     call("01_sample.py", "--run", run, *SMALL)
     assert load(run, "rollouts")["meta"]["round"] == 2
+
+
+@pytest.mark.parametrize("said, install", [
+    ("None could be imported. Missing optional dependencies: torchvision, Pillow.", "pip install torchvision pillow"),
+    ("No module named 'mistral_common'", "pip install mistral_common"),
+    ("GraniteSpeechFeatureExtractor requires the torchaudio\nlibrary", "pip install torchaudio")])
+def test_a_package_that_a_family_needs_comes_with_its_install_line(said, install):
+    sentence = sampling.reason(ImportError(said))
+    assert sentence.endswith(install) and len(sentence.splitlines()) == 1
+    assert "pip" not in sampling.reason(ImportError("the file is not there"))

@@ -1,5 +1,7 @@
 """More families in small, by their own classes: random checkpoints whose weights are large enough
 that mistakes show, held against each family's own forward. What a right model is not is refused."""
+import base64
+import json
 import shutil
 from importlib import import_module
 from types import SimpleNamespace
@@ -7,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import MODEL, SMALL, call, load, sampled_round
+from conftest import MODEL, SMALL, call, load, refusal, sampled_round
 from peft import PeftModel
 
 sampling = import_module("01_sample")
@@ -43,51 +45,169 @@ def tokenizer_with(*tokens):
     return tokenizer, tokenizer.convert_tokens_to_ids(list(tokens))
 
 
-# Families whose processors need no more than the six packages: all stages.
+# All stages, with each family's own processor. Some need packages beyond the six.
 
-def flamingo(name):
+def flamingo(name, folder):
     tokenizer, ids = tokenizer_with("<sound>", "<|sound_bos|>", "<|sound_eos|>")
     audio = {"model_type": "audioflamingo3_encoder", "num_hidden_layers": 2, "num_attention_heads": 4,
              "hidden_size": 64, "intermediate_size": 96, "num_mel_bins": 128}
     more = {"audio_bos_token_id": ids[1], "audio_eos_token_id": ids[2]} if "Music" in name else {}
     config = getattr(transformers, f"{name}Config")(
         audio_config=audio, text_config={"model_type": "qwen2", **TEXT}, audio_token_id=ids[0], **more)
-    return config, tokenizer
+    features = transformers.WhisperFeatureExtractor(feature_size=128)
+    return config, getattr(transformers, f"{name}Processor")(features, tokenizer)
 
 
-def glm_asr(name):
+def glm_asr(name, folder):
     tokenizer, ids = tokenizer_with("<|pad|>")
     audio = {"model_type": "glmasr_encoder", "num_hidden_layers": 2, "num_attention_heads": 4,
              "hidden_size": 64, "intermediate_size": 256}
     config = transformers.GlmAsrConfig(
         audio_config=audio, text_config={"model_type": "llama", "head_dim": 16, **TEXT}, audio_token_id=ids[0])
-    return config, tokenizer
-
-
-HEARING = {"AudioFlamingo3": flamingo, "MusicFlamingo": flamingo, "GlmAsr": glm_asr}
-
-
-@pytest.fixture(scope="module", params=HEARING)
-def hearing(request, tmp_path_factory):
-    """(the published class, folder of a checkpoint with its own processor)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config, tokenizer = HEARING[request.param](request.param)
-    published = getattr(transformers, f"{request.param}ForConditionalGeneration")
-    random_weights(published(config)).save_pretrained(folder)
     features = transformers.WhisperFeatureExtractor(feature_size=128)
-    getattr(transformers, f"{request.param}Processor")(features, tokenizer).save_pretrained(folder)
+    return config, transformers.GlmAsrProcessor(features, tokenizer)
+
+
+def tokenizer_naming(**tokens):
+    """A tokenizer that knows its special tokens by name, as those of newer families do."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL, extra_special_tokens=tokens)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer, {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+
+OMNI_TOKENS = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+OMNI_LOOKS = {"image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "vision_bos_token": "<|vision_bos|>",
+              "vision_eos_token": "<|vision_eos|>"}
+GEMMA_TOKENS = {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
+                "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+                "video_token": "<|video|>"}
+
+
+def qwen3_asr(name, folder):
+    tokenizer, ids = tokenizer_naming(**OMNI_TOKENS)
+    config = transformers.Qwen3ASRConfig(
+        audio_config={**OMNI_AUDIO, "downsample_hidden_size": 16, "num_hidden_layers": 2},
+        text_config={**TEXT, "model_type": "qwen3", "head_dim": 16}, audio_token_id=ids["audio_token_id"])
+    return config, transformers.Qwen3ASRProcessor(transformers.Qwen3ASRFeatureExtractor(), tokenizer)
+
+
+def moss(name, folder):
+    tokenizer, [audio_id, *_] = tokenizer_with("<|audio_pad|>", "<|audio_start|>", "<|audio_end|>")
+    audio = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MossTranscribeDiarizeConfig(
+        audio_config=audio, text_config={**TEXT, "model_type": "qwen3", "head_dim": 16}, audio_token_id=audio_id)
+    features = transformers.MossTranscribeDiarizeFeatureExtractor(feature_size=80)
+    return config, transformers.MossTranscribeDiarizeProcessor(features, tokenizer)
+
+
+def vibevoice(name, folder):
+    """Its encoder adds noise to what it hears."""
+    tokenizer, [audio_id, *_] = tokenizer_with("<|box_start|>", "<|object_ref_start|>", "<|object_ref_end|>")
+    encoder = {"num_filters": 4, "depths": [1] * 7}
+    config = transformers.VibeVoiceAsrConfig(
+        acoustic_tokenizer_encoder_config={**encoder, "hidden_size": 16}, audio_token_id=audio_id,
+        semantic_tokenizer_encoder_config={**encoder, "hidden_size": 24}, text_config={**TEXT, "model_type": "qwen2"})
+    features = transformers.VibeVoiceAcousticTokenizerFeatureExtractor()
+    return config, transformers.VibeVoiceAsrProcessor(features, tokenizer)
+
+
+def omni(name, folder):
+    tokenizer, ids = tokenizer_naming(**OMNI_TOKENS, **OMNI_LOOKS)
+    kind = "index" if name == "Qwen2_5Omni" else "id"
+    places = {f"{what}_token_{kind}": ids[f"{what}_token_id"] for what in ("audio", "image", "video")}
+    config = qwen25_omni() if name == "Qwen2_5Omni" else qwen3_omni()
+    config.thinker_config.update({**places, "audio_start_token_id": ids["audio_bos_token_id"],
+                                  "vision_start_token_id": ids["vision_bos_token_id"]})
+    processor = getattr(transformers, f"{name}Processor")(
+        transformers.Qwen2VLImageProcessor(), transformers.Qwen2VLVideoProcessor(),
+        transformers.WhisperFeatureExtractor(feature_size=128), tokenizer)
+    return config, processor
+
+
+def phi4_multimodal(name, folder):
+    tokenizer, ids = tokenizer_naming(audio_token="<|audio|>", image_token="<|image|>")
+    config = phi4()
+    config.audio_config.audio_token_id = ids["audio_token_id"]
+    config.vision_config.image_token_id = ids["image_token_id"]
+    return config, transformers.Phi4MultimodalProcessor(
+        transformers.Phi4MultimodalImageProcessor(), transformers.Phi4MultimodalFeatureExtractor(), tokenizer)
+
+
+def gemma4_hearing(name, folder):
+    tokenizer, ids = tokenizer_naming(**GEMMA_TOKENS)
+    places = {f"{what}_token_id": ids[f"{what}_token_id"] for what in ("audio", "image", "video", "boa", "eoa")}
+    audio = {} if "Unified" in name else {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "subsampling_conv_channels": (128, 8), "output_proj_dims": 48}
+    config = getattr(transformers, f"{name}Config")(
+        text_config=gemma4_text(), vision_config=None, audio_config=audio, **places)
+    parts = [getattr(transformers, f"{name}{part}")() for part in (
+        "AudioFeatureExtractor", "ImageProcessor", "VideoProcessor")]
+    return config, getattr(transformers, f"{name}Processor")(parts[0], parts[1], tokenizer, parts[2])
+
+
+def voxtral(name, folder):
+    """Its tokenizer is Mistral's: here 256 bytes behind 100 special tokens."""
+    special = {1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]", 6: "[/AVAILABLE_TOOLS]",
+               7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]", 10: "[IMG]", 11: "<pad>",
+               12: "[IMG_BREAK]", 13: "[IMG_END]", 14: "[PREFIX]", 15: "[MIDDLE]", 16: "[SUFFIX]",
+               17: "[SYSTEM_PROMPT]", 18: "[/SYSTEM_PROMPT]", 19: "[TOOL_CONTENT]", 24: "[AUDIO]",
+               25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
+    content = {
+        "config": {"pattern": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+", "num_vocab_tokens": 256,
+                   "default_vocab_size": 356, "default_num_special_tokens": 100, "version": "v7"},
+        "vocab": [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None}
+                  for byte in range(256)],
+        "special_tokens": [{"rank": rank, "token_str": special.get(rank, f"<{rank}>"), "is_control": True}
+                           for rank in range(100)],
+        "audio": {"sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0, "audio_encoding_config": {
+            "num_mel_bins": 128, "hop_length": 160, "window_size": 400}}}
+    (folder / "tekken.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = transformers.MistralCommonBackend.from_pretrained(folder)
+    audio = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.VoxtralConfig(
+        audio_config=audio, text_config={**TEXT, "model_type": "llama", "vocab_size": 356}, audio_token_id=24)
+    features = transformers.WhisperFeatureExtractor(feature_size=128)
+    return config, transformers.VoxtralProcessor(features, tokenizer)
+
+
+FAMILIES = {"AudioFlamingo3": flamingo, "MusicFlamingo": flamingo, "GlmAsr": glm_asr, "Qwen3ASR": qwen3_asr,
+            "MossTranscribeDiarize": moss, "VibeVoiceAsr": vibevoice,
+            "Qwen2_5Omni": omni, "Qwen3OmniMoe": omni, "Phi4Multimodal": phi4_multimodal,
+            "Gemma4": gemma4_hearing, "Gemma4Unified": gemma4_hearing, "Voxtral": voxtral}
+NEEDS = {"Qwen2_5Omni": "torchvision", "Qwen3OmniMoe": "torchvision", "Phi4Multimodal": "torchvision",
+         "Gemma4": "torchvision", "Gemma4Unified": "torchvision", "Voxtral": "mistral_common"}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def hearing(request, tmp_path_factory):
+    """(the published class, folder of a checkpoint in its published layout)."""
+    name = request.param
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], exc_type=ImportError)
+    folder = tmp_path_factory.mktemp(name)
+    config, processor = FAMILIES[name](name, folder)
+    ending = "ForCausalLM" if name == "Phi4Multimodal" else "ForConditionalGeneration"
+    published = getattr(transformers, name + ending)
+    random_weights(published(config)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    torch.save({}, folder / "spk_dict.pt")  # of voices, beside a published Qwen2.5-Omni
     return published, folder
 
 
 def own_logps(model, processor, rollout):
     """(K, T) by the model's own forward, a response at a time after the clip and its prompt."""
-    wave = sampling.load_audio(rollout["audio"], 16000)
+    extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
+    wave = sampling.load_audio(rollout["audio"], extractor.sampling_rate)
     inputs = sampling.encode(model, processor, wave, sampling.render_prompt(processor, rollout["prompt"]))
     logps = torch.zeros(rollout["responses"].shape)
     for k, length in enumerate(rollout["lengths"].tolist()):
         response = rollout["responses"][k:k + 1, :length]
         ids = torch.cat([inputs["input_ids"], response], dim=1)
         whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in inputs:  # Gemma's
+            whole["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], 0 * response], dim=1)
+        torch.manual_seed(0)  # as in 01, for VibeVoice's noise
         logits = model(**whole).logits[0, -length - 1:-1].log_softmax(dim=-1)
         logps[k, :length] = logits.gather(1, response[0, :, None])[:, 0]
     return logps
@@ -103,6 +223,7 @@ def test_all_stages_agree_with_the_familys_own_forward(tmp_path, hearing):
     call("02_surprisal.py", "--run", tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(folder)
     reference = published.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = getattr(reference, "thinker", reference)  # Omni's part that writes
     found = load(tmp_path, "surprisal")["prompts"]
     with torch.no_grad():
         refs = [own_logps(reference, processor, rollout) for rollout in load(tmp_path, "rollouts")["prompts"]]
@@ -114,13 +235,13 @@ def test_all_stages_agree_with_the_familys_own_forward(tmp_path, hearing):
         assert (old - ref).abs().max() > 0.01
 
 
-# Families whose processors need more: their language model.
+# The language model alone, of families whose processors need packages beyond the six.
 
 def qwen25_omni():
     text = {**TEXT, "rope_scaling": ROPE}
-    return transformers.Qwen2_5OmniForConditionalGeneration(transformers.Qwen2_5OmniConfig(
+    return transformers.Qwen2_5OmniConfig(
         enable_audio_output=False,
-        thinker_config={"audio_config": OMNI_AUDIO, "vision_config": OMNI_VISION, "text_config": text}))
+        thinker_config={"audio_config": OMNI_AUDIO, "vision_config": OMNI_VISION, "text_config": text})
 
 
 def qwen3_omni():
@@ -128,32 +249,38 @@ def qwen3_omni():
             "moe_intermediate_size": 32}
     audio = {**OMNI_AUDIO, "downsample_hidden_size": 16}
     vision = {**OMNI_VISION, "deepstack_visual_indexes": [0]}
-    return transformers.Qwen3OmniMoeForConditionalGeneration(transformers.Qwen3OmniMoeConfig(
+    return transformers.Qwen3OmniMoeConfig(
         enable_audio_output=False,
-        thinker_config={"audio_config": audio, "vision_config": vision, "text_config": text}))
+        thinker_config={"audio_config": audio, "vision_config": vision, "text_config": text})
 
 
 def phi4():
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "crop_size": 28, "patch_size": 14}
-    audio = {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2,
-             "ext_pw_out_channel": 32, "nemo_conv_channels": 32, "input_size": 80}
-    return transformers.Phi4MultimodalForCausalLM(transformers.Phi4MultimodalConfig(
-        **TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, vision_config=vision, audio_config=audio))
+    audio = {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 2, "num_attention_heads": 2,
+             "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32}
+    return transformers.Phi4MultimodalConfig(
+        **TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, vision_config=vision, audio_config=audio)
+
+
+def gemma4_text(window=512):
+    return {**TEXT, "head_dim": 16, "global_head_dim": 16, "final_logit_softcapping": 5.0,
+            "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": window,
+            "vocab_size_per_layer_input": 544, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 def gemma4(window=512):
-    text = {**TEXT, "head_dim": 16, "global_head_dim": 16, "final_logit_softcapping": 5.0,
-            "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": window,
-            "vocab_size_per_layer_input": 544, "layer_types": ["sliding_attention", "full_attention"]}
-    return transformers.Gemma4ForConditionalGeneration(transformers.Gemma4Config(
-        text_config=text, vision_config=None, audio_config=None, image_token_id=540, audio_token_id=541,
-        video_token_id=542))
+    return transformers.Gemma4Config(
+        text_config=gemma4_text(window), vision_config=None, audio_config=None, image_token_id=540,
+        audio_token_id=541, video_token_id=542)
 
 
-def loaded(model, folder):
+def loaded(config, folder):
     """As 02 and 05 load it; with the file of voices that a published Qwen2.5-Omni brings."""
-    random_weights(model).save_pretrained(folder)
+    names = {"Phi4MultimodalConfig": "Phi4MultimodalForCausalLM"}
+    name = type(config).__name__
+    published = names.get(name, name.replace("Config", "ForConditionalGeneration"))
+    random_weights(getattr(transformers, published)(config)).save_pretrained(folder)
     torch.save({}, folder / "spk_dict.pt")
     return sampling.load_model(str(folder), audio=False)[0]
 
@@ -164,7 +291,8 @@ def embeds_for(model, P=11):
 
 
 @pytest.mark.parametrize("build, layers", [
-    (qwen25_omni, ALL), (qwen3_omni, ATTENTION), (gemma4, ALL),
+    (qwen25_omni, ALL), (lambda: qwen25_omni().thinker_config, ALL), (gemma4, ALL),
+    (qwen3_omni, ATTENTION), (lambda: qwen3_omni().thinker_config, ATTENTION),
     (phi4, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})])
 def test_the_language_model_agrees_with_its_own_forward(tmp_path, build, layers):
     model = loaded(build(), tmp_path)
@@ -214,6 +342,30 @@ def test_a_decoder_that_takes_more_than_embeddings(demo, examples):
         sampling.check_model(model, processor, wave, text, changed)
 
 
+def test_gemma_with_inputs_beside_the_embeddings(tmp_path):
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    config, processor = gemma4_hearing("Gemma4", tmp_path)
+    config.text_config.hidden_size_per_layer_input = 16
+    random_weights(transformers.Gemma4ForConditionalGeneration(config)).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    sentence = refusal("01_sample.py", "--run", tmp_path / "run", *SMALL, "--model", tmp_path / "model")
+    assert "takes more than embeddings" in sentence and not (tmp_path / "run" / "rollouts.pt").exists()
+
+
+def test_a_recurrent_decoder(tmp_path):
+    """Granite 4.0-H inside Granite Speech: siblings share a state."""
+    text = {**TEXT, "model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"], "mamba_n_heads": 8,
+            "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "num_local_experts": 0,
+            "shared_intermediate_size": 96}
+    encoder = {"hidden_dim": 32, "num_layers": 1, "num_heads": 4, "dim_head": 8, "context_size": 50}
+    projector = {"model_type": "blip_2_qformer", "encoder_hidden_size": 32, "hidden_size": 32,
+                 "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    model = loaded(transformers.GraniteSpeechConfig(
+        encoder_config=encoder, projector_config=projector, text_config=text, has_lora_adapter=False), tmp_path)
+    with pytest.raises(sampling.UserError, match="see each other"):
+        scoring.check_model(model, embeds_for(model))
+
+
 def test_a_decoder_in_which_branches_see_each_other(prompt_embeds, monkeypatch):
     """As a recurrent one, which knows no mask."""
     model, _ = sampling.load_model(str(MODEL))
@@ -259,7 +411,7 @@ def test_a_decoder_that_merges_speech_itself_is_stopped_at_its_first_layer(tmp_p
     class Processor:
         tokenizer = staticmethod(lambda text: SimpleNamespace(input_ids=[5, 9, 11]))
 
-        def __call__(self, **inputs):
+        def __call__(self, text, audio, return_tensors):
             return transformers.BatchFeature({"input_ids": ids})
 
     embeds = sampling.embed_prompt(model, Processor(), torch.zeros(16000), "text")
