@@ -111,6 +111,17 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
         raise UserError(f"{name} is too short: the model hears nothing of it")
     return embeds
 
+def check_ending(model, processor, wave, text, name, embeds):
+    """UserError if the embeds (P, H) of a clip are the same with another ending: it is not heard.
+    Qwen2-Audio, for instance, cuts at 30 s without a word."""
+    extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
+    ending = torch.rand(extractor.sampling_rate // 5) - 0.5
+    other = torch.cat([wave[:-len(ending)], ending])
+    if torch.equal(embeds, embed_prompt(model, processor, other, text, name)):
+        seconds = len(wave) / extractor.sampling_rate
+        limit = f"{getattr(extractor, 'chunk_length', 'fewer')} s"
+        raise UserError(f"{name} lasts {seconds:.2f} s, the model hears {limit} of it")
+
 def embed_examples(model, processor, examples, args):
     """The examples of a manifest that can be heard, and embed_prompt of each, a list of (P_i, H).
     One that cannot raises UserError or, with args.skip_unreadable, is named and left out."""
@@ -124,13 +135,8 @@ def embed_examples(model, processor, examples, args):
         try:
             wave = load_audio(name, extractor.sampling_rate)
             prompt_embeds = embed_prompt(model, processor, wave, text, name)
-            if len(wave) > longest:  # would another ending be heard? Qwen2-Audio cuts at 30 s
-                ending = torch.rand(extractor.sampling_rate // 5) - 0.5
-                other = torch.cat([wave[:-len(ending)], ending])
-                if torch.equal(prompt_embeds, embed_prompt(model, processor, other, text, name)):
-                    seconds = len(wave) / extractor.sampling_rate
-                    limit = f"{getattr(extractor, 'chunk_length', 'fewer')} s"
-                    raise UserError(f"{name} lasts {seconds:.2f} s, the model hears {limit} of it")
+            if len(wave) > longest:
+                check_ending(model, processor, wave, text, name, prompt_embeds)
                 longest = len(wave)
         except UserError as error:
             if not args.skip_unreadable:

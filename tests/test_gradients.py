@@ -41,14 +41,25 @@ def credited(run, options=()):
     return prompts
 
 
-@pytest.mark.parametrize("method", ["grpo", *FLAGS])
+def advantages_of(method, rollout):
+    """(K, T), from 04's file where it has them; `sum` undoes the mean over tokens of 05's loss."""
+    lengths = rollout["lengths"]
+    if method == "no z-score":
+        return advantage.spread(rollout["spans"], lengths)
+    if method == "sum":
+        rewards = torch.tensor(rollout["rewards"])
+        return ((rewards - rewards.mean()) * lengths)[:, None] * scoring.response_mask(rollout)
+    return rollout["grpo" if method == "grpo" else "leaf"]
+
+
+@pytest.mark.parametrize("method", gradients.METHODS)
 def test_a_methods_gradient_is_that_of_05s_loss(rounds, policy, method, tmp_path):
     model, weights = policy
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
     for rollout in credited(run, FLAGS.get(method, [])):
         [logp] = scoring.score_responses(model, [rollout])
         loss = training.policy_loss(logp, rollout["logp_old"], rollout["logp_ref"],
-                                    rollout["grpo" if method == "grpo" else "leaf"],
+                                    advantages_of(method, rollout),
                                     scoring.response_mask(rollout), clip_eps=0.2, kl_weight=0.02)
         wanted = -torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
         found = gradients.method_gradients(model, rollout, weights, fork_budget=2)
