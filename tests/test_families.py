@@ -122,6 +122,7 @@ def test_the_six_stages(tmp_path, family):
 
 @pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
                     reason="this torch knows no devices made in Python")
+@pytest.mark.parametrize("family", ["granite-speech-3.3-2b", "qwen2-audio-7b"], indirect=True)
 def test_two_rounds_on_a_pretended_gpu(tmp_path, family):
     """No operation meets tensors of two devices, or of two types."""
     done = shell("tests/pretended_gpu.py", family, tmp_path)
