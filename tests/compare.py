@@ -11,7 +11,7 @@ bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three lear
 k16     32 prompts x 16 responses, 8 seeds, all at the default learning rate
 exact   64 x 8 again, 5 seeds, at the default rate too, the reward 1 for an exact answer, else 0
 
-Run     python tests/compare.py                                  2 cores: hours
+Run     python tests/compare.py                            2 cores: about 2 hours
 A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
 so give another --out, or delete the folder, when the code has changed.
 """
