@@ -11,30 +11,31 @@ import compare
 sampling = import_module("01_sample")
 
 
-def test_a_round_is_that_of_the_scripts(tmp_path, monkeypatch):
+def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
     """The same prompts, responses and updates: the same LoRA, to the bit."""
     monkeypatch.setattr("sys.argv", ["compare.py"])
-    few = ["--num-prompts", 8, "--num-responses", 4, "--seed", 3]
-    call("01_sample.py", "--run", tmp_path, *few)
-    for script in ("02_surprisal.py", "03_tree.py", "04_advantage.py"):
-        call(script, "--run", tmp_path)
-    call("05_train.py", "--run", tmp_path, "--learning-rate", 1e-3)
+    examples = sampling.read_manifest("tests/demo/train.jsonl")
+    numbers = {example["id"]: n for n, example in enumerate(examples)}
+    embeds = [torch.zeros(1, 1)] * len(examples)
+    for _ in range(2):
+        call("01_sample.py", "--run", tmp_path, "--num-prompts", 5, "--num-responses", 4, "--seed", 3)
+        for script in ("02_surprisal.py", "03_tree.py", "04_advantage.py"):
+            call(script, "--run", tmp_path)
+        call("05_train.py", "--run", tmp_path, "--learning-rate", 1e-3)
+        rollouts = load(tmp_path, "rollouts")["prompts"]
+        for rollout in rollouts:
+            embeds[numbers[rollout["id"]]] = rollout["embeds"]
 
     trained = []
     real_round = compare.train_round
     monkeypatch.setattr(compare, "train_round",
                         lambda model, *rest: (real_round(model, *rest), trained.append(model)))
-    examples = sampling.read_manifest("tests/demo/train.jsonl")
-    embeds = [torch.zeros(1, 1)] * len(examples)
-    rollouts = load(tmp_path, "rollouts")["prompts"]
-    for rollout in rollouts:
-        embeds[[example["id"] for example in examples].index(rollout["id"])] = rollout["embeds"]
     test_set = (examples[:1], [rollouts[0]["embeds"]])
     sampling.save_file(tmp_path / "embeds.pt", [(examples, embeds), test_set])
-    rewards = compare.one_run(tmp_path, N=8, K=4, reward="bleu", method="leaf", rate="1e-3", seed=3, rounds=1)
+    rewards = compare.one_run(tmp_path, N=5, K=4, reward="bleu", method="leaf", rate="1e-3", seed=3, rounds=2)
 
-    assert len(rewards) == 2 and all(0 <= reward <= 100 for reward in rewards)
-    found = peft.get_peft_model_state_dict(trained[0])
+    assert len(rewards) == 3 and all(0 <= reward <= 100 for reward in rewards)
+    found = peft.get_peft_model_state_dict(trained[-1])
     wanted = peft.load_peft_weights(str(tmp_path / "adapter"), device="cpu")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

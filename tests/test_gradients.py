@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import call, load, parsed, refusal
+from conftest import call, load, padded, parsed, refusal
 
 import gradients
 
@@ -101,6 +101,27 @@ def test_true_gradient_is_that_of_the_expected_reward(policy, prompt_embeds):
     for direction in (steepest, one_layer / one_layer.norm()):
         assert direction @ gradient > 0.1
         assert slope(model, weights, embeds, direction) == pytest.approx((direction @ gradient).item(), rel=0.1)
+
+
+def test_true_gradient_counts_every_token(policy, prompt_embeds):
+    """Responses of several lengths, each in a row of its own instead of a trie."""
+    model, weights = policy
+    embeds = prompt_embeds[0].clone()
+    responses, lengths = padded([[5, 6, 7, 2], [5, 2], [9, 2], [9, 6, 2]])
+    rewards = [1.0, 0.25, 0.5, 0.0]
+    total = 0
+    for response, length, reward in zip(responses, lengths, rewards):
+        tokens = response[:length]
+        inputs = torch.cat([embeds, model.get_input_embeddings()(tokens)])
+        hidden = model.get_decoder()(inputs_embeds=inputs[None]).last_hidden_state[0, -1 - length:-1]
+        logp = sampling.logits_of(model, hidden).log_softmax(dim=-1).gather(1, tokens[:, None])
+        total = total + (reward - 0.4375) * logp.sum() / 4
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(total, weights)])
+    rollout = {"embeds": embeds, "responses": responses, "lengths": lengths, "rewards": rewards}
+    halves = [{**rollout, "responses": responses[rows], "lengths": lengths[rows],
+               "rewards": rewards[rows]} for rows in (slice(0, 2), slice(2, 4))]
+    for groups in ([rollout], halves):
+        torch.testing.assert_close(gradients.true_gradient(model, groups, weights), wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_cosines_of_the_true_gradient_with_itself(rounds, policy, tmp_path):
