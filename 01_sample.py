@@ -103,6 +103,8 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
     except StopForward as stopped:
         embeds = stopped.args[0]
     except Exception as error:  # each family has its own, for a clip that is too short
+        if memory_is_full(error):
+            raise
         raise UserError(f"the model cannot encode {name}: {reason(error)}") from error
     finally:
         for hook in hooks:
@@ -175,6 +177,8 @@ def check_model(model, processor, wave, text, embeds):
     try:
         hidden = model.get_decoder()(inputs_embeds=embeds[None].to(model.device)).last_hidden_state
     except Exception as error:
+        if memory_is_full(error):
+            raise
         raise UserError(f"this model takes more than embeddings: {reason(error)}") from error
     ours = logits_of(model, hidden[0, -1]).log_softmax(dim=-1)
     if ours.isnan().any():
@@ -421,9 +425,9 @@ def load_model(model, adapter=None, device="cpu", audio=True):
                                                 torch_device="cpu")
             saved = peft.load_peft_weights(str(adapter), device="cpu")
             missing = missing or saved.keys() ^ peft.get_peft_model_state_dict(lm).keys()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # each library has exceptions of its own for what it cannot read
+        if memory_is_full(error):
+            raise
         raise UserError(f"cannot load {adapter or model} on {device}: {reason(error)}") from error
     if missing:  # they would be drawn at random, each time anew
         raise UserError(f"{adapter or model} lacks weights, or has others: {sorted(missing)[0]}")
@@ -509,6 +513,11 @@ def only_stage(run):
     finally:
         os.close(folder)
 
+def memory_is_full(error):
+    """Whether an exception says so: torch has a kind for the GPU, but none for the CPU."""
+    is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_memory or "can't allocate" in str(error)
+
 def run_stage(main, parse_args):
     """main(parse_args()), where a user's mistake ends the script with a sentence, no traceback."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the caller closed it
@@ -526,9 +535,8 @@ def run_stage(main, parse_args):
         sys.exit("stopped: the files written before are complete")
     except (UserError, OSError) as error:
         sys.exit(printable(f"{Path(sys.argv[0]).name}: {error}"))
-    except (RuntimeError, MemoryError) as error:  # torch has a kind for the GPU, none for the CPU
-        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not is_memory and "can't allocate" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not memory_is_full(error):
             raise
         sys.exit("memory is full: take fewer --prompts-per-batch or a smaller model")
 

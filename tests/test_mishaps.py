@@ -410,6 +410,17 @@ def test_memory_that_is_full(tmp_path, error):
     assert "memory" in stop.value.code and "--prompts-per-batch" in stop.value.code
 
 
+def test_a_clip_is_not_left_out_because_memory_is_full(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sampling, "encode", full)
+    with pytest.raises(SystemExit, match="memory is full"):
+        options = ["--run", tmp_path, *SMALL, "--skip-unreadable"]
+        sampling.run_stage(sampling.main, lambda: parsed("01_sample.py", *options))
+    assert "left out" not in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("command", ["-OO 03_tree.py", "03_tree.py", "05_train.py"])
 def test_python_without_docstrings_and_without_output(rounds, tmp_path, command):
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
