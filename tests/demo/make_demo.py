@@ -489,7 +489,7 @@ def draw_example(rng, telephone, kind, forbidden=frozenset(), translate=None):
     if not translate:
         prompt, answers = rng.choice(list(questions.items()))
     return {"kind": kind, "sentence": sentence, "samples": samples, "prompt": prompt,
-            "answers": answers}
+            "answers": answers, "questions": questions}
 
 
 def draw_split(rng, telephone, size, forbidden):
