@@ -1,38 +1,43 @@
 """03: where did the K responses part ways?
 
-LEAF (Low-rank Exploration with Adaptive Forking) is GRPO that credits spans of a response instead
-of all its tokens alike. This file cuts the K responses to a prompt into spans; 04 credits them.
+LEAF (Low-rank Exploration with Adaptive Forking) is GRPO that credits parts of a response, its
+spans, instead of all its tokens alike. Low-rank is the LoRA that is trained (05). The forks are
+found in K responses that were sampled independently: nothing branched while sampling. This file
+cuts the K responses to a prompt into spans; 04 credits them.
 
 A model that is surprised by its own token had others to choose from: it decided there. Surprisal
-is -log of the token's probability, in nats (02). LEAF cuts the responses before their most
-surprising tokens. Responses that agree on every token up to a cut have decided alike so far. They
-form a node, and the nodes form a tree. Nothing branched while sampling.
+is -log of the token's probability, in nats (02). LEAF puts a fork boundary before each of the most
+surprising tokens. A boundary is a number of tokens, b: it lies behind the first b tokens.
 
-A cut is called a fork boundary. It is a number of tokens, b, and lies between the tokens b-1 and b.
-It is found in one response and applied to all K, because a node compares responses by their first
-b tokens, and that takes one b for all. Other responses may be cut at an odd place, even inside a
-word; a group that does not part there stays whole.
+A boundary is found in one response and then compared in all K, because what counts is who shares
+the first b tokens: they have decided alike so far. Two or more such responses form a node, and
+each of them is cut at b, some perhaps inside a word. A response that shares its first b tokens
+with no other is not cut there. Who shares b tokens shares fewer as well, so nodes lie within
+nodes: a tree. A span is what a response has between two cuts, or before the first, or behind the
+last. Where all of a node go on alike to the next boundary, the cut does no harm: see LA in 04.
 
-Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree
-Reads   RUN/rollouts.pt (responses, lengths; for the picture texts, ends), RUN/surprisal.pt
+Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree (two or more
+        responses each; neither the root, all K, nor a single response counts)
+Reads   RUN/rollouts.pt (responses, lengths; texts and ends for the picture), RUN/surprisal.pt
 Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending; nodes: boundary (J,) int64,
         members (J, K) bool, True for the responses in a node
 Run     python 03_tree.py                                        demo: about 1 s
         python 03_tree.py --fork-budget 4 --show 7               more boundaries, another picture
-Differs from the paper: nothing. Steps are numbered as in the README.
+Differs from the paper (arXiv 2606.07610): nothing. Steps are numbered as in the README.
 """
 from collections import namedtuple
 from importlib import import_module
 
 import torch
 
-sampling = import_module("01_sample")
+sampling = import_module("01_sample")  # for reading and writing files, and errors
 
 def select_boundaries(surprisal, lengths, B):
     """Step 2: up to B boundaries before the most surprising tokens, each D or more from the others.
-    A response has nothing to share in front of its first token, so b >= 1.
+    b >= 1, for all responses share their first 0 tokens.
 
-    surprisal (K, T) nats, lengths (K,) -> list of int, ascending.
+    surprisal (K, T) nats, lengths (K,) -> list of int, ascending. Here D is 2, and so the token 3,
+    the second most surprising, is too close to 2:
 
     >>> select_boundaries(torch.tensor([[0.1, 0.2, 3.0, 2.0, 0.1, 1.0]]), torch.tensor([6]), B=2)
     [2, 5]
@@ -41,7 +46,7 @@ def select_boundaries(surprisal, lengths, B):
     for i, row in enumerate(surprisal.tolist()):
         for b in range(1, int(lengths[i])):
             candidates.append((-row[b], i, b))
-    D = max(2, int(min(lengths)) // (B + 1))  # B of them fit in the shortest response
+    D = max(2, int(min(lengths)) // (B + 1))  # spread over the shortest response
     boundaries = []
     for _, _, b in sorted(candidates):  # highest surprisal first; ties: lower i, then lower b
         if len(boundaries) == B:
@@ -53,7 +58,7 @@ def select_boundaries(surprisal, lengths, B):
 def group_prefixes(responses, lengths, boundary):
     """Step 3: the nodes at a boundary, each a group of two or more responses that share their first
     `boundary` tokens: a list of lists of int, in order of their first member. A response that is
-    shorter is compared by all of its tokens, so identical short ones form a node past their end.
+    shorter is compared by all of its tokens: two that are "yes" are a node at each boundary.
 
     responses (K, T) int64, lengths (K,).
 
@@ -67,7 +72,7 @@ def group_prefixes(responses, lengths, boundary):
     return [members for members in groups.values() if len(members) > 1]
 
 def pack_tree(boundaries, groups, K):
-    """boundaries (list of int), groups[j] the nodes at boundaries[j] -> a prompt of tree.pt."""
+    """boundaries (list of int), groups[j] the nodes at boundaries[j] -> an entry of tree.pt."""
     node_boundary = [b for b, nodes in zip(boundaries, groups) for _ in nodes]
     members = [[i in node for i in range(K)] for nodes in groups for node in nodes]
     return {"boundaries": torch.tensor(boundaries, dtype=torch.int64),
@@ -75,27 +80,29 @@ def pack_tree(boundaries, groups, K):
                       "members": torch.tensor(members, dtype=torch.bool).view(-1, K)}}
 
 def unpack_tree(prompt_tree):
-    """A prompt of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
-    groups = {b: [] for b in prompt_tree["boundaries"].tolist()}
+    """An entry of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
+    nodes_at = {b: [] for b in prompt_tree["boundaries"].tolist()}
     nodes = prompt_tree["nodes"]
     for b, members in zip(nodes["boundary"].tolist(), nodes["members"]):
-        groups[b].append(members.nonzero().squeeze(1).tolist())
-    return list(groups), list(groups.values())
+        nodes_at[b].append(members.nonzero().squeeze(1).tolist())
+    return list(nodes_at), list(nodes_at.values())
 
 # The picture of a tree, in 03 and 04.
 Row = namedtuple("Row", "branch members level start end")
+PICTURE_WIDTH = 58  # characters, without the columns of numbers
 
 def tree_rows(boundaries, groups, lengths, parent=None, level=0, start=0, indent=""):
     """The lines of the picture below a node (`parent`, the root if None): Rows of branch, the lines
-    drawn in front (str), and a span: members hold the tokens start..end as their level-th span.
-    Identical responses that end inside their node have a tail without tokens."""
+    drawn in front (str), and a span, the tokens start to end - 1 of the responses in members. Who
+    is in a node is in one at each earlier boundary, so level numbers boundaries and spans alike.
+    Identical responses that end in their node have a line each, without tokens."""
     parent = parent or list(range(len(lengths)))
     nodes = groups[level] if level < len(groups) else []
     children = [members for members in nodes if members[0] in parent]
     in_node = {i for members in children for i in members}
-    children += [[i] for i in parent if i not in in_node]
-    for members in sorted(children):
-        is_last = members == max(children)
+    children = sorted(children + [[i] for i in parent if i not in in_node])
+    for members in children:
+        is_last = members == children[-1]
         is_node = len(members) > 1
         length = int(lengths[members[0]])
         end = min(length, boundaries[level]) if is_node else length
@@ -104,7 +111,7 @@ def tree_rows(boundaries, groups, lengths, parent=None, level=0, start=0, indent
             deeper = indent + ("   " if is_last else "│  ")
             yield from tree_rows(boundaries, groups, lengths, members, level + 1, end, deeper)
 
-def span_text(rollout, row, width=58):
+def span_text(rollout, row, width=PICTURE_WIDTH):
     """The left side of a line: branch and text, `width` characters, without the middle if long."""
     i = row.members[0]
     if "ends" in rollout:
@@ -115,7 +122,7 @@ def span_text(rollout, row, width=58):
     text = sampling.printable(text).replace("\n", "·") or "(end)"
     room = max(12, width - len(row.branch) - 2)
     if len(text) > room:
-        text = f"{text[:room // 2]}…{text[-((room - 1) // 2):]}"
+        text = f"{text[:room // 2]}…{text[len(text) - (room - 1) // 2:]}"
     return f"{row.branch + text:{width}}"
 
 def shown_rollout(rollouts, number):
@@ -127,7 +134,7 @@ def shown_rollout(rollouts, number):
 def print_prompt(rollout, columns):
     """The lines above a tree: the prompt, its reference, and the names of the columns."""
     print(sampling.printable(f"\n{rollout['prompt']}\n  reference  {rollout['reference']}\n"))
-    print(f"{'':58}    {columns}")
+    print(f"{'':{PICTURE_WIDTH}}    {columns}")
 
 def parse_args():
     parser = sampling.stage_parser(__doc__)
@@ -144,11 +151,12 @@ def main(args):
 
     # Find the boundaries and nodes of every prompt.
     trees = []
-    for rollout, score in zip(rollouts["prompts"], scores["prompts"]):
+    surprisals = [prompt["surprisal"] for prompt in scores["prompts"]]
+    for rollout, surprisal in zip(rollouts["prompts"], surprisals):
         lengths = rollout["lengths"]
-        if not score["surprisal"].isfinite().all():
+        if not surprisal.isfinite().all():
             raise sampling.UserError(f"a surprisal of {rollout['id']} is NaN or infinite")
-        boundaries = select_boundaries(score["surprisal"], lengths, args.fork_budget)
+        boundaries = select_boundaries(surprisal, lengths, args.fork_budget)
         groups = [group_prefixes(rollout["responses"], lengths, b) for b in boundaries]
         trees.append(pack_tree(boundaries, groups, len(lengths)))
 
@@ -162,7 +170,7 @@ def main(args):
     boundaries, groups = unpack_tree(trees[args.show])
     print_prompt(shown, "n  surprisal")
     for row in tree_rows(boundaries, groups, shown["lengths"]):
-        nats = scores["prompts"][args.show]["surprisal"][row.members[0], row.start:row.end][:1]
+        nats = surprisals[args.show][row.members[0], row.start:row.end][:1]  # none of an empty span
         print(span_text(shown, row), f"{len(row.members):4}", *(f"{x:10.2f}" for x in nats))
     print("\nn responses share a span. Its surprisal, in nats, is that of its first token.\n"
           f"Boundaries, in tokens: {boundaries}")

@@ -1,12 +1,19 @@
 """04: which decision earned the reward?
 
-GRPO gives the reward of a response to each of its tokens. LEAF (03) asks where in the tree it was
-earned. The nodes on a response cut it into spans: a node ends a span, which began at the node
-before or at the start; what is left after the last node, the tail, is a span too. A span stands for
-a decision. Its value V is the mean reward of the n responses that made it. Its credit is V minus
-the mean of all K (the global advantage, GA) plus V minus the value of the span before it (the local
-advantage, LA): was it better than the average, and than the branch it grew from? Each of the n
-responses gets the credit, so it counts n times; divided by √n, it still counts √n times.
+GRPO gives the reward of a response to each of its tokens. LEAF asks where in the tree (03) it was
+earned. A response is cut at the boundaries of its nodes, and what is left behind the last one is
+its tail. Each of these spans stands for a decision: of the n responses in the node that it leads
+to or, in the tail, of one. Its value V is the mean of their rewards r. Was the decision better than
+the average, and better than the branch it grew from?
+
+    GA = V - V(root)       the global advantage; the root is all K responses
+    LA = V - V(parent)     the local advantage; the parent is the span before it, or the root
+    credit = (GA + LA) / √n
+
+Each of the n responses gets the credit on its own tokens. So the gradient of the shared tokens has
+it n times, in sum √n (GA + LA). A mean of n rewards varies √n times less than one reward: spans
+that differ by chance alone weigh the same, shared or not. The z-score of all spans of a prompt
+(step 5, below) makes advantages of the credits.
 
 root                  V 0.50
 ├─ A   n 3            V 0.60   (0.10 + 0.10) / √3 = +0.12 each
@@ -24,12 +31,15 @@ root                  V 0.50
 0..2 +0.12 2..8 -0.70
 0..8 -0.60
 
+A span 2..5 has the tokens 2, 3 and 4.
+
 Sizes   K responses, T tokens in the longest, J nodes of the tree, n responses in a node
 Reads   RUN/rollouts.pt, RUN/tree.pt
 Writes  RUN/advantages.pt, per prompt, float32: rewards (K,) in [0, 1]; node_value (J,); leaf and
-        grpo (K, T), 0 at padding; spans, K lists of [start, end, advantage before the z-score]
+        grpo (K, T), 0 at padding: the advantage of each token; spans, K lists of [start, end,
+        advantage before the z-score]
 Run     python 04_advantage.py                                   demo: about 1 s
-Differs from the paper: nothing. Steps are numbered as in the README.
+Differs from the paper (arXiv 2606.07610): nothing. Steps are numbered as in the README.
 """
 import math
 import re
@@ -39,7 +49,7 @@ from importlib import import_module
 
 import torch
 
-sampling = import_module("01_sample")
+sampling = import_module("01_sample")  # for reading and writing files, and errors
 tree = import_module("03_tree")
 
 # Credit.
@@ -59,7 +69,7 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both", multipli
         path = []  # the nodes on this response
         for boundary, nodes in zip(boundaries, groups):
             path += [(int(boundary), members) for members in nodes if i in members]
-        # subtle: identical responses may end at or before their node: its span counts, but no tail
+        # subtle: identical responses may end at or before the boundary of their node: no tail
         if not path or path[-1][0] < lengths[i]:
             path.append((int(lengths[i]), [i]))  # the tail is like a node of one
         response_spans = []
@@ -91,7 +101,7 @@ def zscore(spans):
 
 def grpo_advantages(rewards):
     """Step 6, plain GRPO: rewards (K,) -> (K,) float32, one advantage for a whole response. The
-    floor 1/3 is the paper's: small differences of reward stay small, unlike in step 5."""
+    floor 1/3 is the paper's: small differences of reward stay small, which step 5 blows up."""
     rewards = [float(reward) for reward in rewards]
     mean = statistics.fmean(rewards)
     scale = max(sample_std(rewards), 1 / 3) + 1e-6
@@ -109,8 +119,8 @@ def spread(spans, lengths):
 def count_forks(groups, rewards):
     """How many boundaries have a node (fork), and how many one whose rewards differ (usable)."""
     forks = [nodes for nodes in groups if nodes]
-    differ = [any(len({rewards[i] for i in members}) > 1 for members in nodes) for nodes in forks]
-    return len(forks), sum(differ)
+    usable = [any(len({rewards[i] for i in members}) > 1 for members in nodes) for nodes in forks]
+    return len(forks), sum(usable)
 
 # Reward.
 def prompt_rewards(rollout):
@@ -150,8 +160,8 @@ def bleu(pairs, lowercase, effective_order):
         if hits == 0:
             smooth /= 2
         log_sum += math.log((hits or smooth) / count)
-    brevity = min(0.0, 1 - reference_length / hypothesis_length)
-    return min(1.0, math.exp(brevity + log_sum / orders))
+    log_brevity = min(0.0, 1 - reference_length / hypothesis_length)
+    return min(1.0, math.exp(log_brevity + log_sum / orders))
 
 def ngrams(tokens, n):
     """A Counter of the n-grams in a list of tokens."""
@@ -163,8 +173,8 @@ def tokenize_13a(text):
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, character)
     text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")  # ASCII symbols, not ' , - .
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a full stop or comma, unless digits
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # stand on both sides
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a stop or comma behind no digit
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # a stop or comma before no digit
     text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)  # a dash after a digit
     return text.split()
 
@@ -194,8 +204,8 @@ def main(args):
         spans = span_advantages(boundaries, groups, lengths, rewards, args.advantage_terms,
                                 args.multiplicity)
         leaf = spread(zscore(spans), lengths)
-        whole = zip(lengths, grpo_advantages(rewards))  # GRPO: a response is one span
-        grpo = spread([[(0, length, advantage)] for length, advantage in whole], lengths)
+        grpo = spread([[(0, length, advantage)]  # a response is one span
+                       for length, advantage in zip(lengths, grpo_advantages(rewards))], lengths)
         forks.append([len(boundaries), *count_forks(groups, rewards)])
         values = [mean_reward(rewards, members) for nodes in groups for members in nodes]
         prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32),
@@ -210,11 +220,11 @@ def main(args):
     # Show one tree.
     mean = sum(prompt["rewards"].mean().item() for prompt in prompts) / len(prompts)
     alike = sum(len(prompt["rewards"].unique()) == 1 for prompt in prompts)
-    boundaries, fork, usable = torch.tensor(forks).sum(dim=0).tolist()
+    num_boundaries, fork, usable = torch.tensor(forks).sum(dim=0).tolist()
     print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
           f"{alike} of them have all rewards equal, and so no advantage in this round\n"
-          f"{fork} of {boundaries} boundaries fork: they have a node; {usable} are usable: rewards "
-          "differ in it")
+          f"{fork} of {num_boundaries} boundaries fork: a node shares what is before; {usable} are "
+          "usable: rewards differ in a node")
     prompt = prompts[args.show]
     tree.print_prompt(shown, "n    value      raw     LEAF     GRPO")
     for row in tree.tree_rows(*tree.unpack_tree(trees["prompts"][args.show]), shown["lengths"]):
