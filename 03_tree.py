@@ -9,15 +9,15 @@ A model that is surprised by its own token had others to choose from: it decided
 is -log of the token's probability, in nats (02). LEAF puts a fork boundary before each of the most
 surprising tokens. A boundary is a number of tokens, b: it lies behind the first b tokens.
 
-A boundary is found in one response and then compared in all K, because what counts is who shares
-the first b tokens: they have decided alike so far. Two or more such responses form a node, and
-each of them is cut at b, some perhaps inside a word. A response that shares its first b tokens
-with no other is not cut there. Who shares b tokens shares fewer as well, so nodes lie within
-nodes: a tree. A span is what a response has between two cuts, or before the first, or behind the
-last. Where all of a node go on alike to the next boundary, the cut does no harm: see LA in 04.
+A boundary is found in one response and used in all K. Those with the same first b tokens have
+decided alike so far. Two or more of them form a node, and each of them is cut at b. So are nodes
+without the response that was surprised, perhaps inside a word: the tree asks all K the same
+question, who went the same way for b tokens. A response that shares its first b tokens with no
+other is not cut there. Who shares b tokens shares fewer as well, so nodes lie within nodes: a tree.
+A span is what a response has before its first cut, between two cuts, or behind the last.
 
-Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree (two or more
-        responses each; neither the root, all K, nor a single response counts)
+Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree (of two or more
+        responses; the root, all K at b = 0, is not stored)
 Reads   RUN/rollouts.pt (responses, lengths; texts and ends for the picture), RUN/surprisal.pt
 Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending; nodes: boundary (J,) int64,
         members (J, K) bool, True for the responses in a node
@@ -34,10 +34,10 @@ sampling = import_module("01_sample")  # for reading and writing files, and erro
 
 def select_boundaries(surprisal, lengths, B):
     """Step 2: up to B boundaries before the most surprising tokens, each D or more from the others.
-    b >= 1, for all responses share their first 0 tokens.
+    b >= 1, because b = 0 is shared by all.
 
-    surprisal (K, T) nats, lengths (K,) -> list of int, ascending. Here D is 2, and so the token 3,
-    the second most surprising, is too close to 2:
+    surprisal (K, T) nats, lengths (K,) -> list of int, ascending. Tokens count from 0. Here the
+    least distance D is 2, so token 3, the second most surprising, is too close to token 2:
 
     >>> select_boundaries(torch.tensor([[0.1, 0.2, 3.0, 2.0, 0.1, 1.0]]), torch.tensor([6]), B=2)
     [2, 5]
@@ -46,7 +46,7 @@ def select_boundaries(surprisal, lengths, B):
     for i, row in enumerate(surprisal.tolist()):
         for b in range(1, int(lengths[i])):
             candidates.append((-row[b], i, b))
-    D = max(2, int(min(lengths)) // (B + 1))  # spread over the shortest response
+    D = max(2, int(min(lengths)) // (B + 1))  # B of them spread over the shortest
     boundaries = []
     for _, _, b in sorted(candidates):  # highest surprisal first; ties: lower i, then lower b
         if len(boundaries) == B:
@@ -65,11 +65,11 @@ def group_prefixes(responses, lengths, boundary):
     >>> group_prefixes(torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 0]]), torch.tensor([3, 3, 2]), 2)
     [[0, 1]]
     """
-    groups = {}
+    sharing = {}  # prefix: the responses that begin with it
     for i, (row, length) in enumerate(zip(responses.tolist(), lengths.tolist())):
         prefix = tuple(row[:min(boundary, length)])
-        groups.setdefault(prefix, []).append(i)
-    return [members for members in groups.values() if len(members) > 1]
+        sharing.setdefault(prefix, []).append(i)
+    return [members for members in sharing.values() if len(members) > 1]
 
 def pack_tree(boundaries, groups, K):
     """boundaries (list of int), groups[j] the nodes at boundaries[j] -> an entry of tree.pt."""
@@ -94,7 +94,7 @@ PICTURE_WIDTH = 58  # characters, without the columns of numbers
 def tree_rows(boundaries, groups, lengths, parent=None, level=0, start=0, indent=""):
     """The lines of the picture below a node (`parent`, the root if None): Rows of branch, the lines
     drawn in front (str), and a span, the tokens start to end - 1 of the responses in members. Who
-    is in a node is in one at each earlier boundary, so level numbers boundaries and spans alike.
+    is in a node is in one at each earlier boundary, so `level` indexes boundaries and spans alike.
     Identical responses that end in their node have a line each, without tokens."""
     parent = parent or list(range(len(lengths)))
     nodes = groups[level] if level < len(groups) else []

@@ -1,19 +1,23 @@
 """04: which decision earned the reward?
 
 GRPO gives the reward of a response to each of its tokens. LEAF asks where in the tree (03) it was
-earned. A response is cut at the boundaries of its nodes, and what is left behind the last one is
-its tail. Each of these spans stands for a decision: of the n responses in the node that it leads
-to or, in the tail, of one. Its value V is the mean of their rewards r. Was the decision better than
-the average, and better than the branch it grew from?
+earned. A span of a response ends at a node, and its value V is the mean reward of the n responses
+in that node. What is left behind the last node, the tail, is a span too; its value is the reward r
+of the one response. A span stands for a decision. Was it better than the average, and better than
+the branch it grew from?
 
     GA = V - V(root)       the global advantage; the root is all K responses
     LA = V - V(parent)     the local advantage; the parent is the span before it, or the root
     credit = (GA + LA) / √n
 
-Each of the n responses gets the credit on its own tokens. So the gradient of the shared tokens has
-it n times, in sum √n (GA + LA). A mean of n rewards varies √n times less than one reward: spans
-that differ by chance alone weigh the same, shared or not. The z-score of all spans of a prompt
-(step 5, below) makes advantages of the credits.
+LA is 0 where nothing was decided: all of a node went on alike to the next boundary.
+
+Why a root of n: each of the n responses gets the credit on its own tokens, so the gradient of the
+shared tokens has it n times. If rewards have the standard deviation σ, their mean has σ/√n, and n
+copies of it √n σ. Divided by √n, they vary by σ, as much as a single response does.
+
+Last, a z-score over all spans of a prompt turns credits into advantages (step 5). A tree with cuts
+at 2 and 5:
 
 root                  V 0.50
 ├─ A   n 3            V 0.60   (0.10 + 0.10) / √3 = +0.12 each
@@ -37,7 +41,7 @@ Sizes   K responses, T tokens in the longest, J nodes of the tree, n responses i
 Reads   RUN/rollouts.pt, RUN/tree.pt
 Writes  RUN/advantages.pt, per prompt, float32: rewards (K,) in [0, 1]; node_value (J,); leaf and
         grpo (K, T), 0 at padding: the advantage of each token; spans, K lists of [start, end,
-        advantage before the z-score]
+        credit]
 Run     python 04_advantage.py                                   demo: about 1 s
 Differs from the paper (arXiv 2606.07610): nothing. Steps are numbered as in the README.
 """
@@ -58,31 +62,32 @@ def mean_reward(rewards, members):
     return sum(float(rewards[i]) for i in members) / len(members)
 
 def span_advantages(boundaries, groups, lengths, rewards, terms="both", multiplicity=0.5):
-    """Step 4: the spans of each response and their advantages, K lists of (start, end, advantage).
+    """Step 4: the spans of each response and their credits, K lists of (start, end, credit).
     boundaries: ascending token counts; groups[j]: the nodes at boundaries[j], lists of response
     numbers; lengths (K,); rewards (K,) in [0, 1]; terms: "both", or "global" or "local" alone;
     multiplicity: the exponent of n, 0 to leave the correction out."""
     K = len(lengths)
-    root = mean_reward(rewards, range(K))
+    root_value = mean_reward(rewards, range(K))
     spans = []
     for i in range(K):
         path = []  # the nodes on this response
         for boundary, nodes in zip(boundaries, groups):
             path += [(int(boundary), members) for members in nodes if i in members]
-        # subtle: identical responses may end at or before the boundary of their node: no tail
+        # subtle: identical responses may end at or before their node: then they have no tail, and
+        # a node behind their end leads to an empty span, which counts in the z-score all the same
         if not path or path[-1][0] < lengths[i]:
             path.append((int(lengths[i]), [i]))  # the tail is like a node of one
         response_spans = []
         start = 0
-        parent = root
+        parent_value = root_value
         for end, members in path:
             value = mean_reward(rewards, members)
-            GA = value - root
-            LA = value - parent
+            GA = value - root_value
+            LA = value - parent_value
             credit = {"both": GA + LA, "global": GA, "local": LA}[terms]
             response_spans.append((start, end, credit / len(members) ** multiplicity))
             start = end
-            parent = value
+            parent_value = value
         spans.append(response_spans)
     return spans
 
@@ -101,7 +106,7 @@ def zscore(spans):
 
 def grpo_advantages(rewards):
     """Step 6, plain GRPO: rewards (K,) -> (K,) float32, one advantage for a whole response. The
-    floor 1/3 is the paper's: small differences of reward stay small, which step 5 blows up."""
+    floor 1/3 is the paper's. It keeps small differences of reward small; step 5 enlarges them."""
     rewards = [float(reward) for reward in rewards]
     mean = statistics.fmean(rewards)
     scale = max(sample_std(rewards), 1 / 3) + 1e-6
