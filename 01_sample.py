@@ -43,8 +43,8 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
     before, _, after = prompt.rpartition("<audio>")
     if audio_token in before + after:
         raise UserError(f"the prompt {prompt!r} has {audio_token}: write <audio> there")
-    marks = [getattr(processor, f"audio_{end}_token", "") for end in ("bos", "eos")]
-    content = before + audio_token.join(marks) + after
+    begin, end = [getattr(processor, f"audio_{mark}_token", "") for mark in ("bos", "eos")]
+    content = before + begin + audio_token + end + after
     template = processor.chat_template or processor.tokenizer.chat_template
     if raw or not template:
         return system_prompt + content
@@ -100,10 +100,11 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
              for part in (decoder, decoder.layers[0])]
     try:
         model(**encode(model, processor, wave, text))
+        raise UserError("this model's layers take no embeddings: it cannot be trained here")
     except StopForward as stopped:
         embeds = stopped.args[0]
     except Exception as error:  # each family has its own, for a clip that is too short
-        if memory_is_full(error):
+        if isinstance(error, UserError) or memory_is_full(error):
             raise
         raise UserError(f"the model cannot encode {name}: {reason(error)}") from error
     finally:
@@ -146,7 +147,7 @@ def embed_examples(model, processor, examples, args):
             tqdm.write(printable(f"left out: {error}"))
         else:
             if not heard:
-                check_model(model, processor, wave, text, prompt_embeds)
+                check_own_forward(model, processor, wave, text, prompt_embeds)
             heard.append(example)
             embeds.append(prompt_embeds)
     if not heard:
@@ -169,7 +170,7 @@ def scale_logits(model, logits):
     return cap * torch.tanh(logits / cap) if cap else logits
 
 @torch.inference_mode()
-def check_model(model, processor, wave, text, embeds):
+def check_own_forward(model, processor, wave, text, embeds):
     """Compares the log-probabilities of the token after a prompt by the model's own forward with
     ours, on the prompt's embeds (P, H). UserError where they differ: the language model takes more
     than embeddings (Gemma 3n)."""
@@ -358,7 +359,7 @@ def load_audio(path, rate, max_seconds=3600):
                 raise ValueError(sound.format)
             seconds = sound.frames / sound.samplerate  # by the header: nothing is decoded yet
             if seconds > max_seconds:
-                raise UserError(f"{path} lasts {seconds:.2f} s; the model hears {max_seconds:g} s")
+                raise UserError(f"{path} lasts {seconds:.2f} s, more than {max_seconds:g} s")
             samples = sound.read(dtype="float32", always_2d=True)
             incomplete = is_incomplete(file, sound, len(samples))
     except UserError:
@@ -447,7 +448,7 @@ def parse_args():
     add("--max-new-tokens", type=number(int, 1), default=200, help="length limit of a response")
     add("--temperature", type=number(float, 0), default=1.0, help="of the sampling; 0 = greedy")
     add("--top-p", type=number(float, 0.001, 1), default=0.9, help="mass of the sampling's nucleus")
-    add("--system-prompt", default="", help="fixes what a template fills with today's date")
+    add("--system-prompt", default="", help="system message before each prompt")
     add("--raw-prompt", action="store_true", help="leave the model's chat template out")
     add("--seed", type=number(int, 0), default=0, help="of the prompts' order and of the sampling")
     add("--skip-unreadable", action="store_true", help="leave out recordings that cannot be heard")
@@ -566,8 +567,12 @@ def save_file(path, content):
         raise UserError(f"cannot write {path}: {cause}") from error
 
 def save_stage(run, name, meta, prompts):
-    """Write RUN/name.pt, a dict {"meta": dict, "prompts": [dict per prompt]}."""
+    """Write RUN/name.pt, a dict {"meta": dict, "prompts": [dict per prompt]}. What later stages
+    made of an earlier one is deleted: it no longer fits."""
     save_file(f"{run}/{name}.pt", {"meta": meta, "prompts": prompts})
+    stages = list(WRITTEN_BY)
+    for later in stages[stages.index(name) + 1:]:
+        Path(f"{run}/{later}.pt").unlink(missing_ok=True)
 
 def load_stage(run, name, rollouts=None):
     """Read RUN/name.pt. UserError if it is missing, corrupt, or not made from these `rollouts`."""

@@ -53,7 +53,7 @@ def build_trie(responses, lengths):
                 depths.append(t)
             path.append(index[key])
         node[k, :length] = torch.tensor(path[1:])
-    parents, tokens = torch.tensor(list(index)).T
+    parents, tokens = torch.tensor(list(index)).T  # the keys, in the order of their numbers
     return Trie(tokens, parents, torch.tensor(depths), node)
 
 def trie_mask(parents, P):
@@ -101,7 +101,7 @@ def trie_logps(model, embeds, tokens, parents, depths):
     return batch_logps(model, [embeds], [Trie(tokens, parents, depths, node=None)])[0]
 
 @torch.inference_mode()
-def check_model(model, embeds):
+def check_branches(model, embeds):
     """Scores a response to a prompt, embeds (P, H), in two tries with other siblings and in one of
     its own. UserError where they differ: branches see each other, as in a recurrent model."""
     response = [9, 5, 6]
@@ -140,7 +140,7 @@ def main(args):
     adapter = sampling.read_state(args.run, rollouts)["adapter"]
     model, _ = sampling.load_model(model_name, adapter, args.device, audio=False)
 
-    check_model(model, rollouts["prompts"][0]["embeds"])
+    check_branches(model, rollouts["prompts"][0]["embeds"])
 
     # Score: one pass over each prompt's trie; once there is a LoRA, a second one without it.
     scores = []

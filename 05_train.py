@@ -6,9 +6,10 @@ files with the other advantages. Only a LoRA on the language model learns. The r
 is the model without it, scored in 02. As there, a prompt is one row, its trie.
 
 An update follows the gradient of a few prompts. Its line, printed and added to train.csv, says:
-reward, the mean; alike, the share of prompts with all rewards equal, which teach nothing; kl, from
+reward, the mean; alike, the share of prompts with all rewards equal, and so no advantage; kl, from
 the reference, in nats per token; clipped, the share of tokens whose ratio is outside 1 ± eps;
-length, tokens per response; grad, the norm of the gradient before it is clipped; seconds.
+length, tokens per response; grad, the norm of the gradient before it is clipped; seconds. Rewards
+are those of the responses sampled in 01: they can rise from round to round, not within one.
 
 Sizes   N prompts in the round, K responses to each, T tokens in the longest
 Reads   RUN/rollouts.pt, RUN/surprisal.pt, RUN/advantages.pt, the model, RUN/adapter if there
@@ -97,7 +98,8 @@ def train_step(model, optimizer, rollouts, args):
         for logp, rollout in zip(scoring.score_responses(model, part), part):
             mask = scoring.response_mask(rollout)
             losses.append(policy_loss(logp, rollout["logp_old"], rollout["logp_ref"],
-                                      rollout[args.method], mask, args.clip_eps, args.kl_weight))
+                                      rollout[args.method],  # leaf or grpo, (K, T)
+                                      mask, args.clip_eps, args.kl_weight))
             kl.append(reference_kl(logp, rollout["logp_ref"]).detach()[mask])
             ratios.append(torch.exp(logp - rollout["logp_old"]).detach()[mask])
         (sum(losses) / len(rollouts)).backward()
@@ -182,7 +184,9 @@ def main(args):
     rollouts = [{**rollout, **score, **advantage} for rollout, score, advantage in prompts]
     meta = stage["meta"]
     state = sampling.read_state(args.run, stage)
-    sampling.check_flags(args, state, ["method"])
+    settings = argparse.Namespace(**{**advantages["meta"], **vars(args)})  # of 01 to 05
+    sampling.check_flags(settings, state, ["method", "fork_budget", "advantage_terms",
+                                           "multiplicity"])
     train_csv = Path(args.run) / "train.csv"
     lines = earlier_lines(train_csv, meta["round"])
 
@@ -208,7 +212,7 @@ def main(args):
         sampling.save_file(train_csv, "\n".join(lines) + "\n")
 
     # Write.
-    state = {**meta, "policy_id": meta["id"], "method": args.method, "step": step}
+    state = {**advantages["meta"], "policy_id": meta["id"], "method": args.method, "step": step}
     save_adapter(args.run, model, optimizer, state)
     print(f"Round {meta['round']} trained -> {args.run}/adapter, {train_csv}")
 

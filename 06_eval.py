@@ -99,7 +99,8 @@ def main(args):
         torch.manual_seed(1000 * args.seed)  # the same for both
         with adapter_context():
             sampled = answer(model, processor, embeds, args, args.passes, args.temperature)
-            greedy = [texts[0] for texts in answer(model, processor, embeds, args, 1, 0)]
+            answers = answer(model, processor, embeds, args, K=1, temperature=0)
+            greedy = [texts[0] for texts in answers]
         rows.append({**policy, **scores(sampled, greedy, references), "manifest": quoted_manifest,
                      "prompts": len(examples), "temperature": args.temperature})
 
@@ -110,7 +111,7 @@ def main(args):
             lines.append(line)
     sampling.save_file(eval_csv, "\n".join(lines) + "\n")
     predictions = ""
-    for example, text in zip(examples, greedy):
+    for example, text in zip(examples, greedy):  # of the last policy
         prediction = {"id": example["id"], "prompt": example["prompt"],
                       "reference": example["reference"], "prediction": text}
         predictions += json.dumps(prediction, ensure_ascii=False) + "\n"

@@ -157,5 +157,5 @@ def test_samples_that_are_not_numbers(tmp_path):
 
 def test_a_recording_longer_than_the_model_hears(tmp_path):
     path = written(tmp_path / "long.wav", torch.zeros(9 * 8000), 8000)
-    refused(path, "9.00 s", "8 s", max_seconds=8)
+    refused(path, "9.00 s", "more than 8 s", max_seconds=8)
     assert len(sampling.load_audio(path, RATE, max_seconds=9)) == 9 * RATE

@@ -305,7 +305,7 @@ def test_templates_that_fail(tmp_path, template, said):
 def test_a_stage_file_with_fewer_prompts(tmp_path, rounds, script, name):
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
     stage = load(run, name)
-    sampling.save_stage(run, name, stage["meta"], stage["prompts"][:-1])
+    sampling.save_file(run / f"{name}.pt", {**stage, "prompts": stage["prompts"][:-1]})
     assert f"{name}.pt" in refusal(script, "--run", run)
 
 
@@ -344,7 +344,7 @@ def test_what_comes_from_data_cannot_steer_the_terminal(handmade, capsys):
     rollouts = load(handmade, "rollouts")
     for rollout in rollouts["prompts"]:
         rollout |= {"prompt": evil, "reference": evil, "texts": [evil] * len(rollout["texts"])}
-    sampling.save_stage(handmade, "rollouts", rollouts["meta"], rollouts["prompts"])
+    sampling.save_file(handmade / "rollouts.pt", rollouts)
     call("03_tree.py", "--run", handmade)
     call("04_advantage.py", "--run", handmade)
     (handmade / "manifest.jsonl").write_text(json.dumps(

@@ -99,6 +99,27 @@ def test_another_method_than_the_adapters(tmp_path, rounds):
     assert "--method" in sentence and "leaf" in sentence and contents(run) == before
 
 
+@pytest.mark.parametrize("script, option, value, trained", [
+    ("03_tree.py", "--fork-budget", 4, "2"), ("04_advantage.py", "--advantage-terms", "global", "both"),
+    ("04_advantage.py", "--multiplicity", 0, "0.5")])
+def test_another_credit_than_the_adapters(tmp_path, rounds, script, option, value, trained):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    call(script, "--run", run, option, value)
+    if script == "03_tree.py":
+        call("04_advantage.py", "--run", run)
+    before = contents(run)
+    sentence = refusal("05_train.py", "--run", run)
+    assert option in sentence and repr(trained) in sentence and contents(run) == before
+
+
+def test_what_was_made_of_an_earlier_tree_goes_with_it(tmp_path, rounds):
+    """Or 05 would train on the old credit after another 03."""
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    call("03_tree.py", "--run", run, "--fork-budget", 4)
+    assert (run / "surprisal.pt").exists() and not (run / "advantages.pt").exists()
+    assert "run 04_advantage.py" in refusal("05_train.py", "--run", run)
+
+
 def test_evaluation_takes_model_and_prompt_from_the_run(tmp_path, monkeypatch):
     """From the rollouts before the first training, from the adapter afterwards; flags that are given win."""
     evaluation, run, seen = import_module("06_eval"), tmp_path / "run", []
@@ -204,8 +225,8 @@ def test_a_model_that_is_not_there(tmp_path, model):
 
 def test_a_model_that_went_away(tmp_path, sampled):
     rollouts = load(sampled, "rollouts")
-    gone = {**rollouts["meta"], "model": str(tmp_path / "gone")}
-    sampling.save_stage(sampled, "rollouts", gone, rollouts["prompts"])
+    rollouts["meta"]["model"] = str(tmp_path / "gone")
+    sampling.save_file(sampled / "rollouts.pt", rollouts)
     for script in ("02_surprisal.py", "05_train.py"):
         assert str(tmp_path / "gone") in refusal(script, "--run", sampled)
 

@@ -304,7 +304,7 @@ def test_the_language_model_agrees_with_its_own_forward(tmp_path, build, layers)
             inputs = torch.cat([embeds, model.get_input_embeddings()(response)])
             logits = model(inputs_embeds=inputs[None]).logits[0, -4:-1].float().log_softmax(dim=-1)
             torch.testing.assert_close(logps, logits.gather(1, response[:, None])[:, 0], atol=1e-3, rtol=0)
-    scoring.check_model(model, embeds)
+    scoring.check_branches(model, embeds)
     [(responses, lengths)] = sampling.sample_responses(model, [embeds], 3, 6, 1.0, 0.9)
     sampled = scoring.build_trie(responses, lengths)
     [(greedy, _)] = sampling.sample_responses(model, [embeds], 1, 6, 0, 0.9)
@@ -336,10 +336,18 @@ def test_a_decoder_that_takes_more_than_embeddings(demo, examples):
     wave = sampling.load_audio(examples[0]["audio"], 16000)
     text = sampling.render_prompt(processor, examples[0]["prompt"])
     embeds = sampling.embed_prompt(model, processor, wave, text)
-    sampling.check_model(model, processor, wave, text, embeds)
+    sampling.check_own_forward(model, processor, wave, text, embeds)
     changed = embeds + 0.3 * torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0))
     with pytest.raises(sampling.UserError, match="nats"):
-        sampling.check_model(model, processor, wave, text, changed)
+        sampling.check_own_forward(model, processor, wave, text, changed)
+
+
+def test_a_model_whose_layers_take_no_embeddings(demo, monkeypatch):
+    model, processor = demo
+    monkeypatch.setattr(model, "forward", lambda **inputs: None)
+    text = sampling.render_prompt(processor, "What?")
+    with pytest.raises(sampling.UserError, match="take no embeddings"):
+        sampling.embed_prompt(model, processor, torch.zeros(16000), text)
 
 
 def test_gemma_with_inputs_beside_the_embeddings(tmp_path):
@@ -363,18 +371,18 @@ def test_a_recurrent_decoder(tmp_path):
     model = loaded(transformers.GraniteSpeechConfig(
         encoder_config=encoder, projector_config=projector, text_config=text, has_lora_adapter=False), tmp_path)
     with pytest.raises(sampling.UserError, match="see each other"):
-        scoring.check_model(model, embeds_for(model))
+        scoring.check_branches(model, embeds_for(model))
 
 
 def test_a_decoder_in_which_branches_see_each_other(prompt_embeds, monkeypatch):
     """As a recurrent one, which knows no mask."""
     model, _ = sampling.load_model(str(MODEL))
-    scoring.check_model(model, prompt_embeds[0])
+    scoring.check_branches(model, prompt_embeds[0])
     forward = model.get_decoder().forward
     monkeypatch.setattr(model.get_decoder(), "forward",
                         lambda attention_mask, **named: forward(**named))
     with pytest.raises(sampling.UserError, match="see each other"):
-        scoring.check_model(model, prompt_embeds[0])
+        scoring.check_branches(model, prompt_embeds[0])
 
 
 def test_nothing_is_written_for_a_model_that_is_refused(tmp_path, rounds, monkeypatch):

@@ -121,7 +121,8 @@ def test_text_is_only_text(run):
         rollout |= {"prompt": HOSTILE[0], "reference": HOSTILE[1], "id": HOSTILE[0], "texts": texts}
         for ends, length, text in zip(rollout["ends"], rollout["lengths"], texts):
             ends[:length] = len(text)
-    sampling.save_stage(run, "rollouts", {**rollouts["meta"], "model": HOSTILE[0]}, rollouts["prompts"])
+    rollouts["meta"]["model"] = HOSTILE[0]
+    sampling.save_file(run / "rollouts.pt", rollouts)
     hostile = run.parent / "<img src=x>@DATA@"
     shutil.copytree(run, hostile)
     write_table(hostile / "train.csv", update(1, method=HOSTILE[1]))
@@ -196,7 +197,7 @@ def test_clips_are_linked_from_the_page_or_inside_it(run):
     shutil.copy(TRAIN.parent / "train" / "000.ogg", clip)
     for rollout in rollouts["prompts"]:
         rollout["audio"] = str(clip)
-    sampling.save_stage(run, "rollouts", rollouts["meta"], rollouts["prompts"])
+    sampling.save_file(run / "rollouts.pt", rollouts)
     assert Page(report.build_page([run])).prompts[0]["audio"] == "clips/a%20b%231.ogg"
     inside = Page(report.build_page([run], embed_audio=True)).prompts[0]["audio"]
     assert inside.startswith("data:audio/ogg;base64,T2dn")
