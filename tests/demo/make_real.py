@@ -329,6 +329,20 @@ def learn_answers(model, processor, clips, args, path):
     return model
 
 
+def save_trained(model, folder):
+    """Projector and LoRA as a PEFT adapter, float16."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.half()
+    model.save_pretrained(folder)
+    os.remove(folder / "README.md")  # PEFT's form for a description, empty
+
+
+def fold(model, folder):
+    """The model with the projector and the LoRA of the folder, in weights of its own."""
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
 # All of it.
 
 def write_manifests(out, split, examples, seed):
@@ -367,11 +381,7 @@ def train(model, processor, args):
         sampling.save_file(projector, model.model.multi_modal_projector.state_dict())
     model.model.multi_modal_projector.load_state_dict(torch.load(projector))
     model = learn_answers(model, processor, clips, args, args.scratch / "answers.pt")
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.half()
-    model.save_pretrained(args.trained)
-    os.remove(args.trained / "README.md")  # PEFT's form for a description, empty
+    save_trained(model, args.trained)
 
 
 def parse_args():
@@ -404,7 +414,7 @@ def main():
     if args.train:
         train(model, processor, args)
         model, processor = assemble(args.encoder, args.language_model)
-    model = PeftModel.from_pretrained(model, str(args.trained)).merge_and_unload()
+    model = fold(model, args.trained)
     model.half().save_pretrained(args.out)
     processor.save_pretrained(args.out)
     print(f"{args.out}: {model.num_parameters() / 1e6:.0f} million parameters")
