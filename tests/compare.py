@@ -1,8 +1,8 @@
-"""Does span credit show in training? Many runs of the demo, over methods, learning rates and seeds.
+"""Does span credit show in training? Many runs, over methods, learning rates and seeds.
 
 A run trains as 01 to 05 do, with their functions, settings and draws, but in one process, from
-recordings encoded once for all runs. After every round the test prompts are answered 5 times, with
-the sampling of 01; a run reports the mean reward of these answers. Methods with the same seed see
+recordings encoded once for all runs. After every round the test prompts are answered, with the
+sampling of 01; a run reports the mean reward of these answers. Methods with the same seed see
 the same prompts and, in the first round, the same responses. So they are compared in pairs: the
 reward minus GRPO's, with a 95% interval over seeds (Student's t).
 
@@ -10,8 +10,11 @@ bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three lear
         with the highest mean reward at the end of the first two seeds
 k16     32 prompts x 16 responses, 8 seeds, all at the default learning rate
 exact   64 x 8 again, 5 seeds, at the default rate too, the reward 1 for an exact answer, else 0
+real    64 x 8, 3 seeds, at the default rate, the model of tests/demo/make_real.py, whose answers
+        hold several decisions; left out as long as that model is not there
 
 Run     python tests/compare.py                            2 cores: about 2 hours
+        python tests/compare.py --only real --rounds 3     2 cores: REALTIME
 A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
 so give another --out, or delete the folder, when the code has changed.
 """
@@ -32,9 +35,15 @@ from gradients import (REWARDS, advantage, evaluation, sample_rollouts, sampling
 
 METHODS = ["grpo", "leaf", "global", "local", "multiplicity 0"]
 LEARNING_RATES = ["5e-4", "2e-4", "1e-3"]  # the first is 05's default
-EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu"},
-               "k16": {"N": 32, "K": 16, "seeds": 8, "reward": "bleu"},
-               "exact": {"N": 64, "K": 8, "seeds": 5, "reward": "exact"}}
+EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu", "task": "demo"},
+               "k16": {"N": 32, "K": 16, "seeds": 8, "reward": "bleu", "task": "demo"},
+               "exact": {"N": 64, "K": 8, "seeds": 5, "reward": "exact", "task": "demo"},
+               "real": {"N": 64, "K": 8, "seeds": 3, "reward": "bleu", "task": "real"}}
+REAL_METHODS = ["grpo", "leaf", "multiplicity 0"]
+TASKS = {"demo": {"model": "tests/demo/model", "manifest": "tests/demo/train.jsonl",
+                  "test": "tests/demo/test.jsonl", "answers": 5},
+         "real": {"model": "runs/real-model", "manifest": "tests/demo/real/train.jsonl",
+                  "test": "tests/demo/real/test.jsonl", "answers": 1}}
 T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # by n - 1
 
 
@@ -43,23 +52,23 @@ def defaults(stage):
     return stage.parse_args()
 
 
-def encode_demo(path):
-    """Embeds of the demo's training and test prompts, in a file that all runs read."""
+def encode_task(out, task):
+    """Embeds of a task's training and test prompts, in a file that all runs read."""
+    path = out / f"embeds-{task}.pt"
     if not path.exists():
-        args = defaults(sampling)
-        model, processor = sampling.load_model(args.model)
+        model, processor = sampling.load_model(TASKS[task]["model"])
         content = []
-        for manifest in (args.manifest, defaults(evaluation).manifest):
-            examples = sampling.read_manifest(manifest)
-            content.append(sampling.embed_examples(model, processor, examples, args))
+        for split in ("manifest", "test"):
+            examples = sampling.read_manifest(TASKS[task][split])
+            content.append(sampling.embed_examples(model, processor, examples, defaults(sampling)))
         sampling.save_file(path, content)
 
 
-def test_reward(model, tokenizer, test, reward, seed, args):
-    """The mean reward, 0..100, of 5 sampled answers to each test prompt."""
+def test_reward(model, tokenizer, test, answers, reward, seed, args):
+    """The mean reward, 0..100, of a few sampled answers to each test prompt."""
     torch.manual_seed(1000 * seed)
-    answers = sample_rollouts(model, tokenizer, *test, 5, args)
-    return 100 * statistics.fmean(value for rollout in answers for value in reward(rollout))
+    rollouts = sample_rollouts(model, tokenizer, *test, answers, args)
+    return 100 * statistics.fmean(value for rollout in rollouts for value in reward(rollout))
 
 
 def score(model, rollouts, prompts_per_batch):
@@ -83,19 +92,20 @@ def train_round(model, optimizer, rollouts, method, reward, args):
         training.train_step(model, optimizer, batch, args)
 
 
-def one_run(out, N, K, reward, method, rate, seed, rounds):
-    """Train the demo for some rounds; the mean test rewards, before the first and after each."""
+def one_run(out, N, K, reward, task, method, rate, seed, rounds):
+    """Train a model for some rounds; the mean test rewards, before the first and after each."""
     train_args = defaults(training)
     train_args.method = "credit"
     args = defaults(sampling)
-    (examples, embeds), test_set = torch.load(out / "embeds.pt", weights_only=True)
-    model, processor = sampling.load_model(args.model)
+    (examples, embeds), test_set = torch.load(out / f"embeds-{task}.pt", weights_only=True)
+    model, processor = sampling.load_model(TASKS[task]["model"])
     torch.manual_seed(1000 * seed + 1)  # as 05 in the first round
     model = training.add_lora(model, train_args.lora_rank, train_args.lora_alpha,
                               train_args.lora_dropout)
     optimizer = training.load_optimizer(model, None)
     optimizer.param_groups[0]["lr"] = float(rate)
-    test = (model, processor.tokenizer, test_set, REWARDS[reward], seed, args)
+    test = (model, processor.tokenizer, test_set, TASKS[task]["answers"], REWARDS[reward], seed,
+            args)
     rewards = [test_reward(*test)]
     for number in range(rounds):
         order = sampling.next_slice(len(examples), N * number, N, seed)
@@ -139,7 +149,7 @@ def do_all(out, runs, jobs):
 
 def runs_of(name, rates, seeds, rounds):
     """The runs of an experiment, dicts: for each seed and method, one at each of its rates."""
-    setting = {key: EXPERIMENTS[name][key] for key in ("N", "K", "reward")}
+    setting = {key: EXPERIMENTS[name][key] for key in ("N", "K", "reward", "task")}
     return [{**setting, "method": method, "rate": rate, "seed": seed, "rounds": rounds}
             for seed in range(seeds) for method in rates for rate in rates[method]]
 
@@ -159,7 +169,7 @@ def show(out, name, rates, seeds, rounds):
     columns = "".join(f"{f'round {n}':>9}" for n in range(rounds + 1))
     print(f"{'method':16}{'rate':>6}  {columns}   minus GRPO, 95%, after each round")
     rewards = {}
-    for method in METHODS:
+    for method in rates:
         runs = runs_of(name, {method: rates[method]}, seeds, rounds)
         rewards[method] = [read_run(out, run) for run in runs]
         means = [statistics.fmean(values) for values in zip(*rewards[method])]
@@ -184,14 +194,19 @@ def parse_args():
 
 def main():
     args = parse_args()
-    encode_demo(args.out / "embeds.pt")
-    selection = min(2, args.seeds or 2)
-    every_rate = dict.fromkeys(METHODS, LEARNING_RATES)
-    do_all(args.out, runs_of("bleu", every_rate, selection, args.rounds), args.jobs)
-    best = {method: [best_rate(args.out, method, selection, args.rounds)] for method in METHODS}
-    for name in EXPERIMENTS if args.only is None else [args.only]:
+    names = [args.only] if args.only else [
+        name for name in EXPERIMENTS if Path(TASKS[EXPERIMENTS[name]["task"]]["model"]).exists()]
+    for task in {EXPERIMENTS[name]["task"] for name in names}:
+        encode_task(args.out, task)
+    for name in names:
         seeds = args.seeds or EXPERIMENTS[name]["seeds"]
-        rates = best if name == "bleu" else dict.fromkeys(METHODS, LEARNING_RATES[:1])
+        rates = dict.fromkeys(REAL_METHODS if name == "real" else METHODS, LEARNING_RATES[:1])
+        if name == "bleu":
+            selection = min(2, seeds)
+            every_rate = dict.fromkeys(METHODS, LEARNING_RATES)
+            do_all(args.out, runs_of("bleu", every_rate, selection, args.rounds), args.jobs)
+            rates = {method: [best_rate(args.out, method, selection, args.rounds)]
+                     for method in METHODS}
         do_all(args.out, runs_of(name, rates, seeds, args.rounds), args.jobs)
         show(args.out, name, rates, seeds, args.rounds)
 

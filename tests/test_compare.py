@@ -31,8 +31,9 @@ def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "train_round",
                         lambda model, *rest: (real_round(model, *rest), trained.append(model)))
     test_set = (examples[:1], [rollouts[0]["embeds"]])
-    sampling.save_file(tmp_path / "embeds.pt", [(examples, embeds), test_set])
-    rewards = compare.one_run(tmp_path, N=5, K=4, reward="bleu", method="leaf", rate="1e-3", seed=3, rounds=2)
+    sampling.save_file(tmp_path / "embeds-demo.pt", [(examples, embeds), test_set])
+    rewards = compare.one_run(tmp_path, N=5, K=4, reward="bleu", task="demo", method="leaf",
+                              rate="1e-3", seed=3, rounds=2)
 
     assert len(rewards) == 3 and all(0 <= reward <= 100 for reward in rewards)
     found = peft.get_peft_model_state_dict(trained[-1])
@@ -45,9 +46,10 @@ def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_
     """All runs but one are there: that one is made, the others stay, and the table is theirs."""
     monkeypatch.setattr(compare, "METHODS", ["grpo", "leaf"])
     monkeypatch.setattr(compare, "LEARNING_RATES", ["5e-4", "1e-3"])
-    monkeypatch.setattr(compare, "EXPERIMENTS", {"bleu": {"N": 4, "K": 2, "seeds": 3, "reward": "bleu"}})
+    monkeypatch.setattr(compare, "EXPERIMENTS", {
+        "bleu": {"N": 4, "K": 2, "seeds": 3, "reward": "bleu", "task": "demo"}})
     embeds = [prompt.clone() for prompt in prompt_embeds]
-    sampling.save_file(tmp_path / "embeds.pt", [(examples, embeds), (examples[:1], embeds[:1])])
+    sampling.save_file(tmp_path / "embeds-demo.pt", [(examples, embeds), (examples[:1], embeds[:1])])
     rewards = {("grpo", "5e-4"): [60, 62, 64], ("grpo", "1e-3"): [50, 52, 99],  # the third seed has no say
                ("leaf", "5e-4"): [40, 42, 44], ("leaf", "1e-3"): [63, 66, 69]}
     runs = compare.runs_of("bleu", dict.fromkeys(compare.METHODS, compare.LEARNING_RATES), seeds=3, rounds=1)

@@ -98,8 +98,10 @@ def test_both_tasks_are_there():
 def test_the_demo_is_small():
     assert size_of(DEMO / "train") + size_of(DEMO / "test") < 8 * MEGABYTE
     assert size_of(MODEL) < 6 * MEGABYTE
-    assert {path.name for path in DEMO.iterdir()} == {
-        "train", "test", "model", "train.jsonl", "test.jsonl", "make_demo.py", "report.png"}
+    assert {path.name for path in DEMO.iterdir() if path.name != "__pycache__"} == {
+        "train", "test", "model", "train.jsonl", "test.jsonl", "make_demo.py", "report.png", "real",
+        "make_real.py"}
+    assert size_of(DEMO) < 16 * MEGABYTE
 
 
 def test_the_demo_model_is_of_the_class_of_qwen2_audio(demo):

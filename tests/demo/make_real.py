@@ -47,7 +47,7 @@ PROMPT = "Write down what you hear, say what it is about, and then what the call
 # What is heard, what it is about, and what the caller has to do.
 ANNOUNCEMENTS = (
     ("you have (.*)", "the mailbox", "listen to {}"),
-    ("message received (.*)", "one message", "listen to the message received {}"),
+    ("message received (.*)", "a message", "listen to the message received {}"),
     ("you are currently caller number (.*) (?:waiting|thank) .*", "the queue",
      "wait until it is the turn of caller number {}"),
     ("currently there are more than (.*) callers waiting .*", "the queue",
@@ -65,7 +65,7 @@ ANNOUNCEMENTS = (
      "call extension {} to go on talking"),
     ("at the sound of the tone the time will be exactly (.*)", "the time of day",
      "set the clock to {}"),
-    ("this message lasts (.*)", "one message", "take {} to listen to the message"),
+    ("this message lasts (.*)", "a message", "take {} to listen to the message"),
     ("message from phone number (.*)", "a missed call", "call back the phone number {}"),
     ("message from extension (.*)", "a missed call", "call back the extension {}"),
     ("incoming call from (.*)", "a new call", "answer the call from {}"))
@@ -73,6 +73,8 @@ ANNOUNCEMENTS = (
 HEARD = ("The announcement says: {}.", "I can hear this: {}.", "These are the words: {}.")
 ABOUT = ("It is about {}.", "So {} is the subject.", "This concerns {}.")
 TO_DO = ("The caller has to {}.", "Now it is time to {}.", "What is left to do is to {}.")
+DIGITS = {make_demo.english(n).replace("-", " "): str(n) for n in range(100)}
+NUMBER = re.compile(rf"\b({'|'.join(sorted(DIGITS, key=len, reverse=True))})\b")  # longest first
 
 
 # The task with several decisions in an answer.
@@ -82,9 +84,7 @@ def in_digits(text):
     >>> in_digits("twenty five new and twelve old messages"), in_digits("three oh nine")
     ('25 new and 12 old messages', '3 oh 9')
     """
-    for n in range(99, -1, -1):
-        text = re.sub(rf"\b{make_demo.english(n).replace('-', ' ')}\b", str(n), text)
-    return text
+    return NUMBER.sub(lambda match: DIGITS[match[0]], text)
 
 
 def write_answer(sentence, rng=None):
@@ -204,11 +204,12 @@ def learn_words(model, tokenizer, clips, test, epochs, learning_rate=2e-3, batch
     linear = torch.nn.Linear(frames.shape[1], table.shape[1])
     torch.nn.init.zeros_(linear.weight)
     linear.bias.data = table.mean(dim=0)
-    sharpness = torch.nn.Parameter(torch.tensor(1.0))
+    usual = torch.pdist(table).square().mean()
+    sharpness = torch.nn.Parameter(torch.tensor(0.0))  # not more, or nothing is learned
 
     def logits(states):
         distance = torch.cdist(linear((states.float() - mean) / std), table)
-        return -sharpness.exp() * distance ** 2
+        return -sharpness.exp() * distance ** 2 / usual
 
     def word_errors():
         errors = total = 0
@@ -390,7 +391,7 @@ def parse_args():
     add = parser.add_argument
     add("--encoder", default="openai/whisper-base", help="Whisper: a folder, or a name on a hub")
     add("--language-model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="likewise")
-    add("--out", type=Path, default="runs/real/model", help="folder of the model")
+    add("--out", type=Path, default="runs/real-model", help="folder of the model")
     add("--trained", type=Path, default=HERE / "real", help="folder of what was trained")
     add("--train", action="store_true", help="train the projector and the LoRA anew")
     add("--sounds", help="folder with the two Debian packages that make_demo.py names")
