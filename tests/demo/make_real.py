@@ -399,7 +399,7 @@ def parse_args():
     add("--seed", type=int, default=0)
     add("--clips", type=int, default=2000, help="announcements to train on")
     add("--epochs", type=int, default=20, help="of listening")
-    add("--steps", type=int, default=360, help="of answering")
+    add("--steps", type=int, default=240, help="of answering")
     add("--batch-size", type=int, default=4, help="clips a step of answering")
     add("--learning-rate", type=float, default=1e-3, help="of the LoRA; the projector's is a tenth")
     add("--lora-rank", type=int, default=6)
