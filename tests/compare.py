@@ -10,11 +10,11 @@ bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three lear
         with the highest mean reward at the end of the first two seeds
 k16     32 prompts x 16 responses, 8 seeds, all at the default learning rate
 exact   64 x 8 again, 5 seeds, at the default rate too, the reward 1 for an exact answer, else 0
-real    64 x 8, 3 seeds, at the default rate, the model of tests/demo/make_real.py, whose answers
+real    32 x 8, 3 seeds, at the default rate, the model of tests/demo/make_real.py, whose answers
         hold several decisions; left out as long as that model is not there
 
 Run     python tests/compare.py                            2 cores: about 2 hours
-        python tests/compare.py --only real --rounds 3     2 cores: REALTIME
+        python tests/compare.py --only real --rounds 3     hours
 A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
 so give another --out, or delete the folder, when the code has changed.
 """
@@ -38,7 +38,7 @@ LEARNING_RATES = ["5e-4", "2e-4", "1e-3"]  # the first is 05's default
 EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu", "task": "demo"},
                "k16": {"N": 32, "K": 16, "seeds": 8, "reward": "bleu", "task": "demo"},
                "exact": {"N": 64, "K": 8, "seeds": 5, "reward": "exact", "task": "demo"},
-               "real": {"N": 64, "K": 8, "seeds": 3, "reward": "bleu", "task": "real"}}
+               "real": {"N": 32, "K": 8, "seeds": 3, "reward": "bleu", "task": "real"}}
 REAL_METHODS = ["grpo", "leaf", "multiplicity 0"]
 TASKS = {"demo": {"model": "tests/demo/model", "manifest": "tests/demo/train.jsonl",
                   "test": "tests/demo/test.jsonl", "answers": 5},

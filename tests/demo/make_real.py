@@ -14,7 +14,7 @@ Writes  a folder that from_pretrained loads, the LoRA folded in
         with --train, real/ as well: the trained weights, and manifests over the clips of the demo
 
 Run     python tests/demo/make_real.py                                  a minute
-        python tests/demo/make_real.py --train --sounds DIR_WITH_DEBS   2 cores: about an hour
+        python tests/demo/make_real.py --train --sounds DIR_WITH_DEBS   2 cores: 45 minutes
         Stopped, the training goes on where it was.
 """
 import argparse
