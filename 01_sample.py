@@ -100,13 +100,14 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
              for part in (decoder, decoder.layers[0])]
     try:
         model(**encode(model, processor, wave, text))
-        raise UserError("this model's layers take no embeddings: it cannot be trained here")
     except StopForward as stopped:
         embeds = stopped.args[0]
     except Exception as error:  # each family has its own, for a clip that is too short
-        if isinstance(error, UserError) or memory_is_full(error):
+        if memory_is_full(error):
             raise
         raise UserError(f"the model cannot encode {name}: {reason(error)}") from error
+    else:
+        raise UserError("this model's layers take no embeddings: it cannot be trained here")
     finally:
         for hook in hooks:
             hook.remove()

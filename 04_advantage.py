@@ -13,8 +13,8 @@ the branch it grew from?
 LA is 0 where nothing was decided: all of a node went on alike to the next boundary.
 
 Why a root of n: each of the n responses gets the credit on its own tokens, so the gradient of the
-shared tokens has it n times. If rewards have the standard deviation σ, their mean has σ/√n, and n
-copies of it √n σ. Divided by √n, they vary by σ, as much as a single response does.
+shared tokens has it n times. If rewards have the standard deviation σ, their mean has σ/√n, and
+n copies of it √n σ. Divided by √n, they vary by σ, as much as a single response does.
 
 Last, a z-score over all spans of a prompt turns credits into advantages (step 5). A tree with cuts
 at 2 and 5:
