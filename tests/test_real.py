@@ -185,6 +185,27 @@ def test_a_resumed_training_is_the_same(learned):
         assert torch.equal(weight, weights[name]), name
 
 
+def test_the_loss_is_that_of_the_models_own_forward(parts, monkeypatch):
+    """Two clips of different lengths and answers, of which the answers' tokens alone count."""
+    model, processor = make_real.assemble(*parts)
+    tasks = {"you have five new messages": ("How many?", "Five, I think."),
+             "you have twelve old messages": ("What is it about?", "No.")}
+    monkeypatch.setattr(make_real, "draw_task", lambda clip, rng: tasks[clip["sentence"]])
+    clips = clips_of(2)
+    logps = []
+    for clip in clips:
+        prompt, answer = tasks[clip["sentence"]]
+        text = sampling.render_prompt(processor, prompt) + answer + processor.tokenizer.eos_token
+        inputs = processor(text=text, audio=clip["samples"].numpy(), return_tensors="pt")
+        count = len(answer) + 1  # a token per byte, and the end
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -count - 1:-1].log_softmax(dim=-1)
+        logps.append(logits.gather(1, inputs["input_ids"][0, -count:, None]))
+    make_real.encode_clips(model, processor, clips)
+    loss = make_real.answer_loss(model, processor, clips, None)
+    torch.testing.assert_close(loss, -torch.cat(logps).mean(), atol=5e-3, rtol=1e-3)
+
+
 def test_answers_are_learned(learned, parts):
     (model, _), processor, clips = learned
     before, _ = make_real.assemble(*parts)
