@@ -3,15 +3,16 @@
 A run trains as 01 to 05 do, with their functions, settings and draws, but in one process, from
 recordings encoded once for all runs. After every round the test prompts are answered, with the
 sampling of 01; a run reports the mean reward of these answers. Methods with the same seed see
-the same prompts and, in the first round, the same responses. So they are compared in pairs: the
-reward minus GRPO's, with a 95% interval over seeds (Student's t).
+the same prompts and, in the first round, the same responses (sampled once, for all of them). So
+they are compared in pairs: the reward minus GRPO's, with a 95% interval over seeds (Student's t).
 
 bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three learning rates: that
         with the highest mean reward at the end of the first two seeds
 k16     32 prompts x 16 responses, 8 seeds, all at the default learning rate
 exact   64 x 8 again, 5 seeds, at the default rate too, the reward 1 for an exact answer, else 0
 real    32 x 8, 3 seeds, at the default rate, the model of tests/demo/make_real.py, whose answers
-        hold several decisions; left out as long as that model is not there
+        hold several decisions; tested after the last round only; left out as long as that
+        model is not there
 
 Run     python tests/compare.py                            2 cores: about 2 hours
         python tests/compare.py --only real --rounds 3     hours
@@ -41,9 +42,9 @@ EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu", "task": "
                "real": {"N": 32, "K": 8, "seeds": 3, "reward": "bleu", "task": "real"}}
 REAL_METHODS = ["grpo", "leaf", "multiplicity 0"]
 TASKS = {"demo": {"model": "tests/demo/model", "manifest": "tests/demo/train.jsonl",
-                  "test": "tests/demo/test.jsonl", "answers": 5},
+                  "test": "tests/demo/test.jsonl", "answers": 5, "test_every_round": True},
          "real": {"model": "runs/real-model", "manifest": "tests/demo/real/train.jsonl",
-                  "test": "tests/demo/real/test.jsonl", "answers": 1}}
+                  "test": "tests/demo/real/test.jsonl", "answers": 3, "test_every_round": False}}
 T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # by n - 1
 
 
@@ -62,13 +63,6 @@ def encode_task(out, task):
             examples = sampling.read_manifest(TASKS[task][split])
             content.append(sampling.embed_examples(model, processor, examples, defaults(sampling)))
         sampling.save_file(path, content)
-
-
-def test_reward(model, tokenizer, test, answers, reward, seed, args):
-    """The mean reward, 0..100, of a few sampled answers to each test prompt."""
-    torch.manual_seed(1000 * seed)
-    rollouts = sample_rollouts(model, tokenizer, *test, answers, args)
-    return 100 * statistics.fmean(value for rollout in rollouts for value in reward(rollout))
 
 
 def score(model, rollouts, prompts_per_batch):
@@ -92,38 +86,78 @@ def train_round(model, optimizer, rollouts, method, reward, args):
         training.train_step(model, optimizer, batch, args)
 
 
-def one_run(out, N, K, reward, task, method, rate, seed, rounds):
-    """Train a model for some rounds; the mean test rewards, before the first and after each."""
-    train_args = defaults(training)
-    train_args.method = "credit"
-    args = defaults(sampling)
-    (examples, embeds), test_set = torch.load(out / f"embeds-{task}.pt", weights_only=True)
-    model, processor = sampling.load_model(TASKS[task]["model"])
-    torch.manual_seed(1000 * seed + 1)  # as 05 in the first round
-    model = training.add_lora(model, train_args.lora_rank, train_args.lora_alpha,
-                              train_args.lora_dropout)
-    optimizer = training.load_optimizer(model, None)
+class Run:
+    """A model with a new LoRA, and the prompts of its task."""
+
+    def __init__(self, out, N, K, reward, task, seed):
+        self.N = N
+        self.K = K
+        self.reward = REWARDS[reward]
+        self.seed = seed
+        self.answers = TASKS[task]["answers"]
+        self.sample_args = defaults(sampling)
+        self.train_args = defaults(training)
+        self.train_args.method = "credit"
+        self.manifest, self.test = torch.load(out / f"embeds-{task}.pt", weights_only=True)
+        model, processor = sampling.load_model(TASKS[task]["model"])
+        torch.manual_seed(1000 * seed + 1)  # as 05 in the first round
+        self.model = training.add_lora(model, self.train_args.lora_rank,
+                                       self.train_args.lora_alpha, self.train_args.lora_dropout)
+        self.tokenizer = processor.tokenizer
+
+    def sample_round(self, number):
+        """The scored rollouts of a round, as from 01 and 02."""
+        examples, embeds = self.manifest
+        order = sampling.next_slice(len(examples), self.N * number, self.N, self.seed)
+        torch.manual_seed(1000 * self.seed + number)  # as 01
+        rollouts = sample_rollouts(self.model, self.tokenizer, [examples[n] for n in order],
+                                   [embeds[n] for n in order], self.K, self.sample_args)
+        score(self.model, rollouts, self.train_args.prompts_per_batch)
+        return rollouts
+
+    def test_reward(self):
+        """The mean reward, 0..100, of a few sampled answers to each test prompt."""
+        torch.manual_seed(1000 * self.seed)
+        rollouts = sample_rollouts(self.model, self.tokenizer, *self.test, self.answers,
+                                   self.sample_args)
+        return 100 * statistics.fmean(value for rollout in rollouts
+                                      for value in self.reward(rollout))
+
+
+def start_file(out, N, K, reward, task, seed):
+    return out / f"start-{task}-{N}x{K}-{reward}-seed_{seed}.pt"
+
+
+def prepare(out, threads, start):
+    """What the runs of all methods begin with, in a file: test reward, rollouts of round 1."""
+    torch.set_num_threads(threads)
+    sys.stderr = open(os.devnull, "w")  # the bars of several runs at once
+    run = Run(out, **start)
+    sampling.save_file(start_file(out, **start), (run.test_reward(), run.sample_round(0)))
+
+
+def one_run(out, method, rate, rounds, **start):
+    """Train a model for some rounds; {round: mean test reward}, 0 being before the first."""
+    run = Run(out, **start)
+    optimizer = training.load_optimizer(run.model, None)
     optimizer.param_groups[0]["lr"] = float(rate)
-    test = (model, processor.tokenizer, test_set, TASKS[task]["answers"], REWARDS[reward], seed,
-            args)
-    rewards = [test_reward(*test)]
-    for number in range(rounds):
-        order = sampling.next_slice(len(examples), N * number, N, seed)
-        torch.manual_seed(1000 * seed + number)  # as 01
-        rollouts = sample_rollouts(model, processor.tokenizer, [examples[n] for n in order],
-                                   [embeds[n] for n in order], K, args)
-        score(model, rollouts, train_args.prompts_per_batch)
-        train_round(model, optimizer, rollouts, method, REWARDS[reward], train_args)
-        rewards.append(test_reward(*test))
+    base, rollouts = torch.load(start_file(out, **start), weights_only=True)
+    rewards = {0: base}
+    for number in range(1, rounds + 1):
+        train_round(run.model, optimizer, rollouts, method, run.reward, run.train_args)
+        if number == rounds or TASKS[start["task"]]["test_every_round"]:
+            rewards[number] = run.test_reward()
+        if number < rounds:
+            rollouts = run.sample_round(number)
     return rewards
 
 
 def work(out, threads, run):
     """One run, whose rewards go into a CSV file at its end; the file's name."""
     torch.set_num_threads(threads)
-    sys.stderr = open(os.devnull, "w")  # the bars of several runs at once
+    sys.stderr = open(os.devnull, "w")
     rewards = one_run(out, **run)
-    lines = ["round,reward\n"] + [f"{n},{value:.3f}\n" for n, value in enumerate(rewards)]
+    lines = ["round,reward\n"] + [f"{n},{value:.3f}\n" for n, value in rewards.items()]
     sampling.save_file(run_file(out, run), "".join(lines))
     return run_file(out, run).stem
 
@@ -134,15 +168,24 @@ def run_file(out, run):
 
 
 def read_run(out, run):
-    """Mean test rewards of a finished run, 0..100, one before training and one after each round."""
-    return [float(line.split(",")[1]) for line in run_file(out, run).read_text().splitlines()[1:]]
+    """{round: mean test reward, 0..100} of a finished run; round 0 is before training."""
+    rows = [line.split(",") for line in run_file(out, run).read_text().splitlines()[1:]]
+    return {int(number): float(reward) for number, reward in rows}
+
+
+def start_of(run):
+    return {key: run[key] for key in ("N", "K", "reward", "task", "seed")}
 
 
 def do_all(out, runs, jobs):
     """All the runs that have no file yet, `jobs` at a time."""
     missing = [run for run in runs if not run_file(out, run).exists()]
+    starts = {start_file(out, **start): start for start in map(start_of, missing)}
+    threads = max(1, os.cpu_count() // jobs)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        finished = pool.map(partial(work, out, max(1, os.cpu_count() // jobs)), missing)
+        list(pool.map(partial(prepare, out, threads),
+                      [start for path, start in starts.items() if not path.exists()]))
+        finished = pool.map(partial(work, out, threads), missing)
         for number, name in enumerate(finished, 1):
             print(f"{number} of {len(missing)}: {name}", flush=True)
 
@@ -159,22 +202,24 @@ def best_rate(out, method, seeds, rounds):
     totals = {}
     for rate in LEARNING_RATES:
         runs = runs_of("bleu", {method: [rate]}, seeds, rounds)
-        totals[rate] = sum(read_run(out, run)[-1] for run in runs)
+        totals[rate] = sum(read_run(out, run)[rounds] for run in runs)
     return max(totals, key=totals.get)
 
 
 def show(out, name, rates, seeds, rounds):
     """Print an experiment: mean rewards, and the paired differences to GRPO, for each method."""
     print(f"\n{name}: {EXPERIMENTS[name]}; seeds: {seeds}\n")
-    columns = "".join(f"{f'round {n}':>9}" for n in range(rounds + 1))
-    print(f"{'method':16}{'rate':>6}  {columns}   minus GRPO, 95%, after each round")
-    rewards = {}
+    rewards = {}  # by method: a dict {round: reward} for each seed
     for method in rates:
         runs = runs_of(name, {method: rates[method]}, seeds, rounds)
         rewards[method] = [read_run(out, run) for run in runs]
-        means = [statistics.fmean(values) for values in zip(*rewards[method])]
+    tested = list(rewards["grpo"][0])
+    columns = "".join(f"{f'round {n}':>9}" for n in tested)
+    print(f"{'method':16}{'rate':>6}  {columns}   minus GRPO, 95%, after each of these rounds")
+    for method in rates:
+        means = [statistics.fmean(run[n] for run in rewards[method]) for n in tested]
         line = f"{method:16}{rates[method][0]:>6}  " + "".join(f"{mean:9.1f}" for mean in means)
-        for n in range(1, rounds + 1) if method != "grpo" else []:
+        for n in tested[1:] if method != "grpo" else []:
             gaps = [ours[n] - grpo[n] for ours, grpo in zip(rewards[method], rewards["grpo"])]
             half = T95[seeds - 1] * advantage.sample_std(gaps) / seeds ** 0.5
             line += f"   {statistics.fmean(gaps):+.1f} ± {half:.1f}"

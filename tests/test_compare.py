@@ -1,5 +1,6 @@
 """A run of tests/compare.py trains as the scripts do; its tables are those of its runs' files."""
 import statistics
+import sys
 from importlib import import_module
 
 import peft
@@ -32,10 +33,12 @@ def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
                         lambda model, *rest: (real_round(model, *rest), trained.append(model)))
     test_set = (examples[:1], [rollouts[0]["embeds"]])
     sampling.save_file(tmp_path / "embeds-demo.pt", [(examples, embeds), test_set])
-    rewards = compare.one_run(tmp_path, N=5, K=4, reward="bleu", task="demo", method="leaf",
-                              rate="1e-3", seed=3, rounds=2)
+    start = {"N": 5, "K": 4, "reward": "bleu", "task": "demo", "seed": 3}
+    monkeypatch.setattr("sys.stderr", sys.stderr)  # put back after prepare
+    compare.prepare(tmp_path, torch.get_num_threads(), start)
+    rewards = compare.one_run(tmp_path, method="leaf", rate="1e-3", rounds=2, **start)
 
-    assert len(rewards) == 3 and all(0 <= reward <= 100 for reward in rewards)
+    assert list(rewards) == [0, 1, 2] and all(0 <= reward <= 100 for reward in rewards.values())
     found = peft.get_peft_model_state_dict(trained[-1])
     wanted = peft.load_peft_weights(str(tmp_path / "adapter"), device="cpu")
     assert found.keys() == wanted.keys()
@@ -60,8 +63,8 @@ def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_
         compare.run_file(tmp_path, run).write_text(f"round,reward\n0,10\n1,{reward}\n", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["compare.py", "--out", str(tmp_path), "--rounds", "1", "--jobs", "1"])
     compare.main()
-    base, made = compare.read_run(tmp_path, missing)
-    assert 0 <= base <= 100 and 0 <= made <= 100
+    made = compare.read_run(tmp_path, missing)
+    assert list(made) == [0, 1] and all(0 <= reward <= 100 for reward in made.values())
 
     compare.run_file(tmp_path, missing).write_text("round,reward\n0,10\n1,60\n", encoding="utf-8")
     capsys.readouterr()
