@@ -7,14 +7,15 @@ cuts the K responses to a prompt into spans; 04 credits them.
 
 A model that is surprised by its own token had others to choose from: it decided there. Surprisal
 is -log of the token's probability, in nats (02). LEAF puts a fork boundary before each of the most
-surprising tokens. A boundary is a number of tokens, b: it lies behind the first b tokens.
+surprising tokens, some distance apart. A boundary is a number of tokens, b: it lies after the first
+b tokens.
 
-A boundary is found in one response and used in all K. Those with the same first b tokens have
-decided alike so far. Two or more of them form a node, and each of them is cut at b. So are nodes
-without the response that was surprised, perhaps inside a word: the tree asks all K the same
-question, who went the same way for b tokens. A response that shares its first b tokens with no
-other is not cut there. Who shares b tokens shares fewer as well, so nodes lie within nodes: a tree.
-A span is what a response has before its first cut, between two cuts, or behind the last.
+A boundary comes from one response that was surprised there, but all K are compared at it. Those
+with the same first b tokens have made the same choices so far. Two or more of them form a node, and
+each member of the node is cut at b. The members need not be surprised there themselves, so the cut
+may fall inside a word. A response that shares its first b tokens with no other is not cut at b.
+Responses that are together at b are together at each earlier boundary. So nodes lie inside nodes: a
+tree. A span is what a response has before its first cut, between two cuts, or after the last.
 
 Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree (of two or more
         responses; the root, all K at b = 0, is not stored)
@@ -46,7 +47,7 @@ def select_boundaries(surprisal, lengths, B):
     for i, row in enumerate(surprisal.tolist()):
         for b in range(1, int(lengths[i])):
             candidates.append((-row[b], i, b))
-    D = max(2, int(min(lengths)) // (B + 1))  # B of them spread over the shortest
+    D = max(2, int(min(lengths)) // (B + 1))  # B boundaries, spread evenly over the shortest
     boundaries = []
     for _, _, b in sorted(candidates):  # highest surprisal first; ties: lower i, then lower b
         if len(boundaries) == B:
@@ -73,8 +74,12 @@ def group_prefixes(responses, lengths, boundary):
 
 def pack_tree(boundaries, groups, K):
     """boundaries (list of int), groups[j] the nodes at boundaries[j] -> an entry of tree.pt."""
-    node_boundary = [b for b, nodes in zip(boundaries, groups) for _ in nodes]
-    members = [[i in node for i in range(K)] for nodes in groups for node in nodes]
+    node_boundary = []
+    members = []
+    for b, nodes in zip(boundaries, groups):
+        for node in nodes:
+            node_boundary.append(b)
+            members.append([i in node for i in range(K)])
     return {"boundaries": torch.tensor(boundaries, dtype=torch.int64),
             "nodes": {"boundary": torch.tensor(node_boundary, dtype=torch.int64),
                       "members": torch.tensor(members, dtype=torch.bool).view(-1, K)}}
@@ -92,15 +97,17 @@ Row = namedtuple("Row", "branch members level start end")
 PICTURE_WIDTH = 58  # characters, without the columns of numbers
 
 def tree_rows(boundaries, groups, lengths, parent=None, level=0, start=0, indent=""):
-    """The lines of the picture below a node (`parent`, the root if None): Rows of branch, the lines
-    drawn in front (str), and a span, the tokens start to end - 1 of the responses in members. Who
-    is in a node is in one at each earlier boundary, so `level` indexes boundaries and spans alike.
-    Identical responses that end in their node have a line each, without tokens."""
+    """A Row for each line of the picture below a node. parent: the responses in that node (None: all
+    K). branch: what is drawn in front of the text. members: the responses on this line. start, end:
+    its tokens are start to end - 1. level: how many cuts come before it, so that boundaries[level]
+    is where it is cut, and spans[i][level] of response i is its span (04). Responses that end in
+    their node, identical ones, have a line each below it, without tokens."""
     parent = parent or list(range(len(lengths)))
     nodes = groups[level] if level < len(groups) else []
     children = [members for members in nodes if members[0] in parent]
     in_node = {i for members in children for i in members}
-    children = sorted(children + [[i] for i in parent if i not in in_node])
+    alone = [[i] for i in parent if i not in in_node]
+    children = sorted(children + alone)
     for members in children:
         is_last = members == children[-1]
         is_node = len(members) > 1
@@ -170,8 +177,10 @@ def main(args):
     boundaries, groups = unpack_tree(trees[args.show])
     print_prompt(shown, "n  surprisal")
     for row in tree_rows(boundaries, groups, shown["lengths"]):
-        nats = surprisals[args.show][row.members[0], row.start:row.end][:1]  # none of an empty span
-        print(span_text(shown, row), f"{len(row.members):4}", *(f"{x:10.2f}" for x in nats))
+        line = f"{span_text(shown, row)} {len(row.members):4}"
+        if row.start < row.end:
+            line += f" {surprisals[args.show][row.members[0], row.start]:10.2f}"
+        print(line)
     print("\nn responses share a span. Its surprisal, in nats, is that of its first token.\n"
           f"Boundaries, in tokens: {boundaries}")
 

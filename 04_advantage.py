@@ -1,10 +1,10 @@
 """04: which decision earned the reward?
 
-GRPO gives the reward of a response to each of its tokens. LEAF asks where in the tree (03) it was
-earned. A span of a response ends at a node, and its value V is the mean reward of the n responses
-in that node. What is left behind the last node, the tail, is a span too; its value is the reward r
-of the one response. A span stands for a decision. Was it better than the average, and better than
-the branch it grew from?
+GRPO turns the reward of a response into one advantage for all of its tokens. LEAF asks where in
+the tree (03) the reward was earned. A response is cut at each node that it is in. The span before
+such a cut has a value V: the mean reward of the n responses in that node. The tokens after the last
+cut are a span too, the tail. Its value is the reward r of this one response. A span stands for a
+decision. Was it better than the average, and better than the branch it grew from?
 
     GA = V - V(root)       the global advantage; the root is all K responses
     LA = V - V(parent)     the local advantage; the parent is the span before it, or the root
@@ -12,9 +12,9 @@ the branch it grew from?
 
 LA is 0 where nothing was decided: all of a node went on alike to the next boundary.
 
-Why a root of n: each of the n responses gets the credit on its own tokens, so the gradient of the
-shared tokens has it n times. If rewards have the standard deviation σ, their mean has σ/√n, and
-n copies of it √n σ. Divided by √n, they vary by σ, as much as a single response does.
+Why a root of n: a span shared by n responses occurs n times in the gradient. If the rewards are
+independent, with standard deviation σ, their mean V varies by σ/√n, and n copies of V by √n σ. With
+each copy divided by √n, their sum varies by σ, as the reward of a tail does.
 
 Last, a z-score over all spans of a prompt turns credits into advantages (step 5). A tree with cuts
 at 2 and 5:
@@ -29,7 +29,7 @@ root                  V 0.50
 
 >>> for spans in span_advantages(boundaries=[2, 5], groups=[[[0, 1, 2]], [[0, 1]]],
 ...                              lengths=[8, 8, 8, 8], rewards=[1.0, 0.6, 0.2, 0.2]):
-...     print(*(f"{start}..{end} {advantage:+.2f}" for start, end, advantage in spans))
+...     print(*(f"{start}..{end} {credit:+.2f}" for start, end, credit in spans))
 0..2 +0.12 2..5 +0.35 5..8 +0.70
 0..2 +0.12 2..5 +0.35 5..8 -0.10
 0..2 +0.12 2..8 -0.70
@@ -73,35 +73,37 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both", multipli
         path = []  # the nodes on this response
         for boundary, nodes in zip(boundaries, groups):
             path += [(int(boundary), members) for members in nodes if i in members]
-        # subtle: identical responses may end at or before their node: then they have no tail, and
-        # a node behind their end leads to an empty span, which counts in the z-score all the same
+        # subtle: identical responses may end at or before their node. Then they have no tail, and
+        # a span may reach past their end, or lie past it. The z-score counts it all the same.
         if not path or path[-1][0] < lengths[i]:
             path.append((int(lengths[i]), [i]))  # the tail is like a node of one
         response_spans = []
         start = 0
         parent_value = root_value
         for end, members in path:
+            n = len(members)
             value = mean_reward(rewards, members)
             GA = value - root_value
             LA = value - parent_value
-            credit = {"both": GA + LA, "global": GA, "local": LA}[terms]
-            response_spans.append((start, end, credit / len(members) ** multiplicity))
+            difference = {"both": GA + LA, "global": GA, "local": LA}[terms]
+            response_spans.append((start, end, difference / n ** multiplicity))
             start = end
             parent_value = value
         spans.append(response_spans)
     return spans
 
 def sample_std(values):
-    """Standard deviation with n - 1 in the denominator; 0 for a single value."""
+    """Standard deviation, its denominator the number of values minus 1; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 def zscore(spans):
-    """Step 5: a prompt's span advantages, normalized. Each span of each response counts once, long
-    or short, and so a shared one n times. The floor 1e-6 only guards the division."""
-    advantages = [advantage for response in spans for _, _, advantage in response]
-    mean = statistics.fmean(advantages)
-    scale = max(sample_std(advantages), 1e-6)
-    return [[(start, end, (advantage - mean) / scale) for start, end, advantage in response]
+    """Step 5: the credits of a prompt's spans, normalized: their advantages. Each span of each
+    response counts once, long or short, and so a shared one n times. The floor 1e-6 only guards the
+    division."""
+    credits = [credit for response in spans for _, _, credit in response]
+    mean = statistics.fmean(credits)
+    scale = max(sample_std(credits), 1e-6)
+    return [[(start, end, (credit - mean) / scale) for start, end, credit in response]
             for response in spans]
 
 def grpo_advantages(rewards):
@@ -123,9 +125,12 @@ def spread(spans, lengths):
 
 def count_forks(groups, rewards):
     """How many boundaries have a node (fork), and how many one whose rewards differ (usable)."""
-    forks = [nodes for nodes in groups if nodes]
-    usable = [any(len({rewards[i] for i in members}) > 1 for members in nodes) for nodes in forks]
-    return len(forks), sum(usable)
+    fork = 0
+    usable = 0
+    for nodes in groups:
+        fork += len(nodes) > 0
+        usable += any(len({rewards[i] for i in members}) > 1 for members in nodes)
+    return fork, usable
 
 # Reward.
 def prompt_rewards(rollout):
@@ -178,7 +183,7 @@ def tokenize_13a(text):
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, character)
     text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")  # ASCII symbols, not ' , - .
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a stop or comma behind no digit
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a stop or comma after no digit
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # a stop or comma before no digit
     text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)  # a dash after a digit
     return text.split()
@@ -201,7 +206,7 @@ def main(args):
 
     # Credit every span, and spread its advantage over its tokens.
     prompts = []
-    forks = []
+    counts = []
     for rollout, prompt_tree in zip(rollouts["prompts"], trees["prompts"]):
         rewards = prompt_rewards(rollout)
         lengths = rollout["lengths"].tolist()
@@ -209,9 +214,10 @@ def main(args):
         spans = span_advantages(boundaries, groups, lengths, rewards, args.advantage_terms,
                                 args.multiplicity)
         leaf = spread(zscore(spans), lengths)
-        grpo = spread([[(0, length, advantage)]  # a response is one span
-                       for length, advantage in zip(lengths, grpo_advantages(rewards))], lengths)
-        forks.append([len(boundaries), *count_forks(groups, rewards)])
+        whole = [[(0, length, advantage)]  # a response is one span
+                 for length, advantage in zip(lengths, grpo_advantages(rewards))]
+        grpo = spread(whole, lengths)
+        counts.append([len(boundaries), *count_forks(groups, rewards)])
         values = [mean_reward(rewards, members) for nodes in groups for members in nodes]
         prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32),
                         "node_value": torch.tensor(values), "leaf": leaf, "grpo": grpo,
@@ -225,13 +231,13 @@ def main(args):
     # Show one tree.
     mean = sum(prompt["rewards"].mean().item() for prompt in prompts) / len(prompts)
     alike = sum(len(prompt["rewards"].unique()) == 1 for prompt in prompts)
-    num_boundaries, fork, usable = torch.tensor(forks).sum(dim=0).tolist()
+    num_boundaries, num_forks, num_usable = [sum(column) for column in zip(*counts)]
     print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
           f"{alike} of them have all rewards equal, and so no advantage in this round\n"
-          f"{fork} of {num_boundaries} boundaries fork: a node shares what is before; {usable} are "
-          "usable: rewards differ in a node")
+          f"{num_forks} of {num_boundaries} boundaries have a node: responses with the same tokens "
+          f"before; in {num_usable} of them, rewards differ inside a node")
     prompt = prompts[args.show]
-    tree.print_prompt(shown, "n    value      raw     LEAF     GRPO")
+    tree.print_prompt(shown, "n    value   credit     LEAF     GRPO")
     for row in tree.tree_rows(*tree.unpack_tree(trees["prompts"][args.show]), shown["lengths"]):
         columns = [mean_reward(prompt["rewards"], row.members)]
         if row.start < row.end:
@@ -241,8 +247,8 @@ def main(args):
         numbers = "".join(f"{column:9.3f}" for column in columns)
         print(f"{tree.span_text(shown, row)}{len(row.members):5}{numbers}")
     print("\nn responses share a span; value is their mean reward. The rest are sums over the n,\n"
-          "as in the gradient of the shared tokens: LEAF's advantages before (raw) and after the\n"
-          "z-score, and GRPO's. (end): identical responses, with no tokens left.")
+          "as in the gradient of the shared tokens: credit, LEAF's advantage (its z-score), and\n"
+          "GRPO's advantage. (end): identical responses, with no tokens left.")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args)
