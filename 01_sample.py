@@ -43,7 +43,8 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
     before, _, after = prompt.rpartition("<audio>")
     if audio_token in before + after:
         raise UserError(f"the prompt {prompt!r} has {audio_token}: write <audio> there")
-    begin, end = [getattr(processor, f"audio_{mark}_token", "") for mark in ("bos", "eos")]
+    begin = getattr(processor, "audio_bos_token", "")
+    end = getattr(processor, "audio_eos_token", "")
     content = before + begin + audio_token + end + after
     template = processor.chat_template or processor.tokenizer.chat_template
     if raw or not template:
@@ -115,21 +116,24 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
         raise UserError(f"{name} is too short: the model hears nothing of it")
     return embeds
 
+def feature_extractor(processor):
+    """The part of a processor that takes the recording; Phi-4 has another name for it."""
+    return getattr(processor, "feature_extractor", None) or processor.audio_processor
+
 def check_ending(model, processor, wave, text, name, embeds):
     """UserError if the embeds (P, H) of a clip are the same with another ending: it is not heard.
     Qwen2-Audio, for instance, cuts at 30 s without a word."""
-    extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
+    extractor = feature_extractor(processor)
     ending = torch.rand(extractor.sampling_rate // 5) - 0.5
     other = torch.cat([wave[:-len(ending)], ending])
     if torch.equal(embeds, embed_prompt(model, processor, other, text, name)):
-        seconds = len(wave) / extractor.sampling_rate
-        limit = f"{getattr(extractor, 'chunk_length', 'fewer')} s"
-        raise UserError(f"{name} lasts {seconds:.2f} s, the model hears {limit} of it")
+        limit = getattr(extractor, "chunk_length", None)
+        raise UserError(f"{name} lasts {len(wave) / extractor.sampling_rate:.2f} s, and the model "
+                        f"hears {f'{limit} s' if limit else 'a part'} of it")
 
 def embed_examples(model, processor, examples, args):
     """The examples of a manifest that can be heard, and embed_prompt of each, a list of (P_i, H).
     One that cannot raises UserError or, with args.skip_unreadable, is named and left out."""
-    extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
     heard = []
     embeds = []
     longest = 0
@@ -137,7 +141,7 @@ def embed_examples(model, processor, examples, args):
         name = example["audio"]
         text = render_prompt(processor, example["prompt"], args.system_prompt, args.raw_prompt)
         try:
-            wave = load_audio(name, extractor.sampling_rate)
+            wave = load_audio(name, feature_extractor(processor).sampling_rate)
             prompt_embeds = embed_prompt(model, processor, wave, text, name)
             if len(wave) > longest:
                 check_ending(model, processor, wave, text, name, prompt_embeds)
@@ -185,11 +189,11 @@ def check_own_forward(model, processor, wave, text, embeds):
     ours = logits_of(model, hidden[0, -1]).log_softmax(dim=-1)
     if ours.isnan().any():
         raise UserError("the logits are NaN: the weights of the model or its adapter are broken")
-    gaps = [(logits.log_softmax(dim=-1) - ours).abs().mean().item()
-            for logits in (own, scale_logits(model, own))]  # scaled by its own forward, or not
-    if not min(gaps) < 0.06:  # right models: 1e-5 in float32, 1e-2 in bfloat16; wrong ones: 0.3
+    gap = min((logits.log_softmax(dim=-1) - ours).abs().mean().item()
+              for logits in (own, scale_logits(model, own)))  # its own forward scales them, or not
+    if not gap < 0.06:  # right models: 1e-5 in float32, 1e-2 in bfloat16; wrong ones: 0.3
         raise UserError(f"the log-probabilities of this model differ from those of its own forward "
-                        f"by {min(gaps):.3f} nats: LEAF would train it on wrong numbers")
+                        f"by {gap:.3f} nats: LEAF would train it on wrong numbers")
 
 def choose_tokens(logits, temperature, top_p):
     """A token per row from the top-p nucleus: logits (R, V) -> (R,) int64; greedy at temperature 0.
@@ -207,7 +211,9 @@ def choose_tokens(logits, temperature, top_p):
         mass_above = probs.where(probs > probs.gather(1, candidate), 0.0).sum(dim=1)
         tokens[rows] = candidate.squeeze(1)
         rejected = (mass_above >= top_p) & (mass_above > 0)  # the most probable token always stays
-        rows, probs, cdf = rows[rejected], probs[rejected], cdf[rejected]
+        rows = rows[rejected]
+        probs = probs[rejected]
+        cdf = cdf[rejected]
     return tokens
 
 @torch.inference_mode()
@@ -256,13 +262,15 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
         if len(active) == 0 or t + 1 == max_new_tokens:
             break
         if len(active) < len(rows):  # a prompt leaves the batch with its last response
-            rows, tokens = rows[active], tokens[active]
-            visible, position = visible[active], position[active]
-            out.past_key_values.batch_select_indices(active)
+            rows = rows[active]
+            tokens = tokens[active]
+            visible = visible[active]
+            position = position[active]
+            cache.batch_select_indices(active)
         visible = torch.cat([visible, self_mask.expand(len(rows), K, K)], dim=2)
         position = position + 1
         out = decoder(inputs_embeds=model.get_input_embeddings()(tokens), position_ids=position,
-                      attention_mask=visible[:, None], past_key_values=out.past_key_values)
+                      attention_mask=visible[:, None], past_key_values=cache, use_cache=True)
         logits = logits_of(model, out.last_hidden_state)  # (prompts in the batch, K, V)
     # subtle: clone, or torch.save writes the whole batch with every slice of it
     return [(response[:, :length.max()].clone(), length.clone())
@@ -277,16 +285,19 @@ def sample_all(model, embeds, prompts_per_batch, *settings):
     return [sampled[n] for n in range(len(embeds))]
 
 def decode_responses(tokenizer, responses, lengths):
-    """responses (K, T), lengths (K,) -> texts (K str), text_ends (K, T) int64: how much of its text
-    the tokens 0..t spell, in characters. One of several tokens counts with the last of them."""
-    texts = []
-    text_ends = torch.zeros_like(responses)
-    for tokens, ends, length in zip(responses, text_ends, lengths.tolist()):
-        texts.append(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+    """The texts, K str, of responses (K, T) and lengths (K,)."""
+    return [tokenizer.decode(tokens[:length], skip_special_tokens=True)
+            for tokens, length in zip(responses, lengths.tolist())]
+
+def text_ends(tokenizer, responses, lengths, texts):
+    """(K, T) int64: how much of its text, in characters, the tokens 0..t of a response spell. A
+    character of several tokens counts with the last of them."""
+    ends = torch.zeros_like(responses)
+    for k, length in enumerate(lengths.tolist()):
         for t in range(length):
-            prefix = tokenizer.decode(tokens[:t + 1], skip_special_tokens=True)
-            ends[t] = len(os.path.commonprefix([prefix, texts[-1]]))
-    return texts, text_ends
+            prefix = tokenizer.decode(responses[k, :t + 1], skip_special_tokens=True)
+            ends[k, t] = len(os.path.commonprefix([prefix, texts[k]]))
+    return ends
 
 # The manifest and its recordings.
 def read_manifest(path):
@@ -325,7 +336,8 @@ def next_slice(total, start, count, seed):
 def resample(wave, old_rate, new_rate):
     """wave (S,) at old_rate Hz -> (ceil(S new / old),) float32 at new_rate, by its spectrum."""
     divisor = math.gcd(old_rate, new_rate)
-    old, new = old_rate // divisor, new_rate // divisor
+    old = old_rate // divisor
+    new = new_rate // divisor
     silence = old_rate // 20  # the transform takes a signal for periodic: keep its ends apart
     blocks = math.ceil((len(wave) + silence) / old)  # so that both lengths are integers
     spectrum = torch.fft.rfft(wave.double(), n=blocks * old)[:blocks * new // 2 + 1]
@@ -420,8 +432,11 @@ def load_model(model, adapter=None, device="cpu", audio=True):
                                            output_loading_info=True, **no_code)
         missing = loading["missing_keys"]
         lm = fold_adapters(lm).requires_grad_(False)
-        for part in [lm] if audio else [lm.get_decoder(), lm.get_output_embeddings()]:
-            part.to(device)
+        if audio:
+            lm.to(device)
+        else:
+            lm.get_decoder().to(device)
+            lm.get_output_embeddings().to(device)
         if adapter:  # read on the CPU: PEFT would take the first GPU, whatever the device is
             lm = peft.PeftModel.from_pretrained(lm, str(adapter), is_trainable=True,
                                                 torch_device="cpu")
@@ -475,9 +490,10 @@ def main(args):
     # Write.
     rollouts = []
     for example, prompt_embeds, (responses, lengths) in zip(examples, embeds, sampled):
-        texts, text_ends = decode_responses(processor.tokenizer, responses, lengths)
+        texts = decode_responses(processor.tokenizer, responses, lengths)
         rollouts.append({**example, "embeds": prompt_embeds, "responses": responses,
-                         "lengths": lengths, "texts": texts, "ends": text_ends})
+                         "lengths": lengths, "texts": texts,
+                         "ends": text_ends(processor.tokenizer, responses, lengths, texts)})
     meta = {**vars(args), "num_prompts": len(examples), "round": state["round"] + 1,
             "seen": state["seen"] + N, "policy_id": state["policy_id"]}
     del meta["run"], meta["device"]
@@ -543,8 +559,9 @@ def run_stage(main, parse_args):
         sys.exit("memory is full: take fewer --prompts-per-batch or a smaller model")
 
 def printable(text):
-    """The text without the control characters that a terminal would obey; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+    """The text without what a terminal would obey: control characters, other directions of writing.
+    Line breaks stay."""
+    return re.sub(r"[\0-\t\v-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "·", text)
 
 def chunks(items, size):
     """A list in pieces of `size`; the last one may be shorter."""
@@ -582,22 +599,21 @@ def load_stage(run, name, rollouts=None):
     try:
         stage = torch.load(path, weights_only=True, mmap=True)  # mmap: read where it is used
         made_from = stage["meta"]["id"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {advice}") from error
     except Exception as error:  # torch raises many kinds for a corrupt file
-        raise UserError(f"{path} is missing, incomplete or corrupt: {advice}") from error
+        raise UserError(f"{path} is incomplete or corrupt ({reason(error)}): {advice}") from error
     if rollouts and (made_from, len(stage["prompts"])) != (
             rollouts["meta"]["id"], len(rollouts["prompts"])):
         raise UserError(f"{path} was made from other rollouts than {run}/rollouts.pt: {advice}")
     return stage
 
 def read_state(run, rollouts=None):
-    """Where training stands: a dict of round, step, seen (prompts used), policy_id (of the rollouts
-    trained on last), adapter (Path or None), and the settings that the adapter was trained with.
-    UserError if the adapter is incomplete, or did not sample these `rollouts`."""
+    """Where training stands: a dict of round, step, seen (prompts used), policy_id (the id of the
+    rollouts that the adapter was trained on last), adapter (Path or None), and the settings that it
+    was trained with. UserError if the adapter is incomplete, or did not sample these `rollouts`."""
+    replace_adapter(run)
     folder = Path(run) / "adapter"
-    part = Path(run) / "adapter.part"
-    if (part / "training.json").exists():  # 05 writes it last: the new adapter is complete
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
     state = {"round": 0, "step": 0, "seen": 0, "policy_id": None, "adapter": None}
     if folder.exists():
         try:
@@ -607,6 +623,13 @@ def read_state(run, rollouts=None):
     if rollouts and rollouts["meta"].get("policy_id") != state["policy_id"]:
         raise UserError(f"{run}/rollouts.pt was not sampled by {folder}: run 01_sample.py first")
     return state
+
+def replace_adapter(run):
+    """Puts RUN/adapter.part in the place of RUN/adapter, if it is complete."""
+    part = Path(run) / "adapter.part"
+    if (part / "training.json").exists():  # 05 writes it last
+        shutil.rmtree(Path(run) / "adapter", ignore_errors=True)
+        part.rename(Path(run) / "adapter")
 
 def check_flags(args, state, names):
     """Raises UserError if one of these flags is not what the run's adapter was trained with."""

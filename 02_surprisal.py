@@ -2,8 +2,8 @@
 
 The surprisal of a token is -log p(token | prompt, tokens before it), under the policy that sampled
 it: near 0 nats where the model had no choice, high where it decided (step 1). 03 looks there for
-the places where responses fork. Sampling took temperature 1.0 and a top-p nucleus of 0.9; surprisal
-is that of the full softmax at temperature 1.
+the places where responses fork. 01 samples at temperature 1.0, from a top-p nucleus of 0.9, unless
+told otherwise; surprisal is that of the full softmax at temperature 1.
 
 The K responses share their prompt, most of it audio, and often their first tokens. Laid out as a
 trie, in which a shared prefix stands once, they take one row per prompt: a mask shows a token the
@@ -42,6 +42,8 @@ def build_trie(responses, lengths):
     [[0, 1, 2], [0, 1, 3], [4, 0, 0]]
     """
     index = {}  # (parent, token) -> where it is in the trie
+    tokens = []
+    parents = []
     depths = []
     node = torch.zeros_like(responses)
     for k, length in enumerate(lengths.tolist()):
@@ -50,11 +52,12 @@ def build_trie(responses, lengths):
             key = (path[-1], token)
             if key not in index:
                 index[key] = len(index)
+                tokens.append(token)
+                parents.append(path[-1])
                 depths.append(t)
             path.append(index[key])
         node[k, :length] = torch.tensor(path[1:])
-    parents, tokens = torch.tensor(list(index)).T  # the keys, in the order of their numbers
-    return Trie(tokens, parents, torch.tensor(depths), node)
+    return Trie(torch.tensor(tokens), torch.tensor(parents), torch.tensor(depths), node)
 
 def trie_mask(parents, P):
     """(P + M, P + M) bool, True where the position of the row sees that of the column: the prompt

@@ -66,20 +66,21 @@ def learning_rate(step, total_steps, peak):
 def add_lora(model, rank, alpha, dropout):
     """The model with a new LoRA on the language model's linear layers; it changes nothing yet."""
     from peft import LoraConfig, get_peft_model
-    inside = {part for layer in model.get_decoder().layers for part in layer.modules()}
-    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
-    layers = [name for name in linear if model.get_submodule(name) in inside]
+    inside = set(model.get_decoder().layers.modules())
+    linear = [name for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and module in inside]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
-                                            target_modules=layers))
+                                            target_modules=linear))
 
 def ready_to_train(model, gradient_checkpointing):
     """The model with dropout on in our LoRA alone. With gradient checkpointing a layer keeps its
     input and recomputes the rest in the backward pass: less memory, the same gradient."""
-    for name, part in model.named_modules():
+    for name, module in model.named_modules():
         if name.endswith("lora_dropout.default"):
-            part.train()
-    for layer in model.get_decoder().layers if gradient_checkpointing else []:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            module.train()
+    if gradient_checkpointing:
+        for layer in model.get_decoder().layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
 def load_policy(meta, adapter, args):
@@ -93,9 +94,9 @@ def train_step(model, optimizer, rollouts, args):
     """One update from a few rollouts, with their surprisal and advantages; a dict of statistics."""
     kl = []
     ratios = []
-    for part in sampling.chunks(rollouts, args.prompts_per_batch):
+    for batch in sampling.chunks(rollouts, args.prompts_per_batch):
         losses = []
-        for logp, rollout in zip(scoring.score_responses(model, part), part):
+        for logp, rollout in zip(scoring.score_responses(model, batch), batch):
             mask = scoring.response_mask(rollout)
             losses.append(policy_loss(logp, rollout["logp_old"], rollout["logp_ref"],
                                       rollout[args.method],  # leaf or grpo, (K, T)
@@ -126,10 +127,9 @@ def load_optimizer(model, adapter):
         path = adapter / "optimizer.pt"
         try:
             optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-            if any(optimizer.state[w]["exp_avg"].shape != w.shape for w in weights):
-                raise ValueError("its moments have other shapes than the weights")
         except Exception as error:  # torch raises many kinds for a corrupt file
-            raise sampling.UserError(f"{path} is broken: delete {adapter} to start over") from error
+            raise sampling.UserError(f"{path} is broken ({sampling.reason(error)}): delete "
+                                     f"{adapter} to start over") from error
     return optimizer
 
 def save_adapter(run, model, optimizer, state):
@@ -147,7 +147,7 @@ def save_adapter(run, model, optimizer, state):
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
         raise sampling.UserError(f"cannot write {run}/adapter: {error}") from error
-    sampling.read_state(run)  # puts the complete adapter.part in the place of adapter
+    sampling.replace_adapter(run)
 
 def earlier_lines(path, this_round):
     """The lines of train.csv, but for the rows of this round or later, of a stopped training."""
@@ -177,13 +177,13 @@ def parse_args():
 
 def main(args):
     # Read the files of this round; a rollout gets all that they say of its prompt.
-    stage = sampling.load_stage(args.run, "rollouts")
-    scores = sampling.load_stage(args.run, "surprisal", stage)
-    advantages = sampling.load_stage(args.run, "advantages", stage)
-    prompts = zip(stage["prompts"], scores["prompts"], advantages["prompts"])
+    sampled = sampling.load_stage(args.run, "rollouts")
+    scores = sampling.load_stage(args.run, "surprisal", sampled)
+    advantages = sampling.load_stage(args.run, "advantages", sampled)
+    prompts = zip(sampled["prompts"], scores["prompts"], advantages["prompts"])
     rollouts = [{**rollout, **score, **advantage} for rollout, score, advantage in prompts]
-    meta = stage["meta"]
-    state = sampling.read_state(args.run, stage)
+    meta = sampled["meta"]
+    state = sampling.read_state(args.run, sampled)
     settings = argparse.Namespace(**{**advantages["meta"], **vars(args)})  # of 01 to 05
     sampling.check_flags(settings, state, ["method", "fork_budget", "advantage_terms",
                                            "multiplicity"])
@@ -197,11 +197,11 @@ def main(args):
 
     # Train.
     step = state["step"]
-    batches = sampling.chunks(rollouts, args.prompts_per_step)
-    for batch in tqdm(batches, desc=f"training, {args.method}", unit="update"):
+    updates = sampling.chunks(rollouts, args.prompts_per_step)
+    for few in tqdm(updates, desc=f"training, {args.method}", unit="update"):
         began = time.time()
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.total_steps, args.learning_rate)
-        statistics = train_step(model, optimizer, batch, args)
+        statistics = train_step(model, optimizer, few, args)
         step += 1
         row = {"round": meta["round"], "step": step, "method": args.method, **statistics,
                "seconds": time.time() - began}
@@ -212,7 +212,9 @@ def main(args):
         sampling.save_file(train_csv, "\n".join(lines) + "\n")
 
     # Write.
-    state = {**advantages["meta"], "policy_id": meta["id"], "method": args.method, "step": step}
+    state = {**vars(settings), "policy_id": meta["id"], "step": step}
+    for name in ("run", "device", "lora_rank", "lora_alpha", "lora_dropout"):
+        del state[name]  # of a LoRA: adapter_config.json has them
     save_adapter(args.run, model, optimizer, state)
     print(f"Round {meta['round']} trained -> {args.run}/adapter, {train_csv}")
 

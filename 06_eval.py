@@ -2,7 +2,8 @@
 
 The test prompts are answered by the untouched model (base) and with the trained adapter, sampled
 and greedy, and scored by corpus BLEU, case-insensitive as in the paper. Sampled BLEU judges the
-policy itself; greedy BLEU what a user gets who always takes the most probable token.
+policy itself; greedy BLEU what a user gets who always takes the most probable token. An exact match
+has the words of the reference, case and stops included.
 
 Reads   a test manifest, the model, RUN/adapter if there; the model and prompt options of the run
         from RUN/adapter/training.json or, before the first training, RUN/rollouts.pt
@@ -35,7 +36,8 @@ def answer(model, processor, embeds, args, K, temperature):
     sampled = sampling.sample_all(model, embeds, args.prompts_per_batch, K, args.max_new_tokens,
                                   temperature, args.top_p)
     tokenizer = processor.tokenizer
-    return [sampling.decode_responses(tokenizer, *responses)[0] for responses in sampled]
+    return [sampling.decode_responses(tokenizer, responses, lengths)
+            for responses, lengths in sampled]
 
 def scores(sampled, greedy, references):
     """The scores in eval.csv of sampled answers (N lists of a text per pass) and N greedy ones."""
@@ -92,7 +94,7 @@ def main(args):
     base = {"round": 0, "step": 0, "method": "base"}
     policies = [(base, nullcontext)]
     if state["adapter"]:
-        trained = {name: state[name] for name in base}
+        trained = {"round": state["round"], "step": state["step"], "method": state["method"]}
         policies = [(base, model.disable_adapter), (trained, nullcontext)]
     rows = []
     for policy, adapter_context in policies:
@@ -100,7 +102,7 @@ def main(args):
         with adapter_context():
             sampled = answer(model, processor, embeds, args, args.passes, args.temperature)
             answers = answer(model, processor, embeds, args, K=1, temperature=0)
-            greedy = [texts[0] for texts in answers]
+            greedy = [texts[0] for texts in answers]  # those of the last policy are written
         rows.append({**policy, **scores(sampled, greedy, references), "manifest": quoted_manifest,
                      "prompts": len(examples), "temperature": args.temperature})
 
@@ -111,21 +113,22 @@ def main(args):
             lines.append(line)
     sampling.save_file(eval_csv, "\n".join(lines) + "\n")
     predictions = ""
-    for example, text in zip(examples, greedy):  # of the last policy
+    for example, text in zip(examples, greedy):
         prediction = {"id": example["id"], "prompt": example["prompt"],
                       "reference": example["reference"], "prediction": text}
         predictions += json.dumps(prediction, ensure_ascii=False) + "\n"
     sampling.save_file(Path(args.run) / "predictions.jsonl", predictions)
 
     # Show three answers, and the scores.
-    print(f"\n{len(examples)} test prompts -> {eval_csv}, {args.run}/predictions.jsonl")
+    print(f"\n{args.model} on {len(examples)} prompts of {args.manifest} -> {eval_csv}, "
+          f"{args.run}/predictions.jsonl")
     for example, text in list(zip(examples, greedy))[:3]:
         print(sampling.printable(f"  {example['prompt']}\n    reference   {example['reference']}\n"
                                  f"    prediction  {text}"))
-    columns = list(rows[0])[:7]  # up to exact_match
+    shown = list(rows[0])[:7]  # up to exact_match
     print()
-    for row in [dict(zip(columns, columns)), *rows]:
-        print("".join(f"{row[name]:>{max(9, len(name) + 2)}}" for name in columns))
+    for row in [dict(zip(shown, shown)), *rows]:  # the first is the header
+        print("".join(f"{row[name]:>{max(9, len(name) + 2)}}" for name in shown))
     print(f"\nTo look at the run: python tests/report.py --run {args.run}")
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def sample_rollouts(model, tokenizer, examples, embeds, K, args):
                                   args.temperature, args.top_p)
     rollouts = []
     for example, prompt_embeds, (responses, lengths) in zip(examples, embeds, sampled):
-        texts, _ = sampling.decode_responses(tokenizer, responses, lengths)
+        texts = sampling.decode_responses(tokenizer, responses, lengths)
         # subtle: clone, or what was made in inference mode could not take part in training
         rollouts.append({**example, "embeds": prompt_embeds.clone(), "texts": texts,
                          "responses": responses.clone(), "lengths": lengths.clone()})

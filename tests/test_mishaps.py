@@ -262,15 +262,6 @@ def test_an_update_that_ends_in_nan_is_not_saved(tmp_path, rounds, monkeypatch):
     assert before == {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
 
 
-def test_moments_of_other_shapes(tmp_path, rounds):
-    run = shutil.copytree(rounds.ready, tmp_path / "run")
-    path = run / "adapter" / "optimizer.pt"
-    state = torch.load(path, weights_only=True)
-    state["state"][0]["exp_avg"] = torch.zeros(3, 3)
-    torch.save(state, path)
-    assert str(path) in refusal("05_train.py", "--run", run)
-
-
 def test_the_code_that_a_model_brings_is_not_run(tmp_path):
     model = shutil.copytree(MODEL, tmp_path / "model")
     mark = tmp_path / "ran"
@@ -338,6 +329,12 @@ def test_a_manifest_that_is_none(tmp_path, content, said):
 
 
 # The terminal, the folder, the memory.
+
+def test_all_languages_are_printed():
+    text = "a\u00a0b\u3000c نمی\u200cخواهم 😀\n"
+    assert sampling.printable(text) == text
+    assert sampling.printable("\x1b[2J\x9b\r\x7f\u202e") == "·[2J····"
+
 
 def test_what_comes_from_data_cannot_steer_the_terminal(handmade, capsys):
     evil = "\x1b]0;owned\x07\x1b[2J"

@@ -122,7 +122,8 @@ def test_characters_split_over_tokens_and_lines(demo, boundaries):
     tokenizer = demo[1].tokenizer
     rows = [tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for text in TEXTS]
     responses, lengths = padded(rows + rows[:1])
-    texts, ends = sampling.decode_responses(tokenizer, responses, lengths)
+    texts = sampling.decode_responses(tokenizer, responses, lengths)
+    ends = sampling.text_ends(tokenizer, responses, lengths, texts)
     assert texts == TEXTS + TEXTS[:1]
     prompt = {**handmade_prompt(NESTED), "responses": responses, "lengths": lengths, "texts": texts, "ends": ends}
     lines = drawn(prompt, boundaries)
@@ -130,7 +131,7 @@ def test_characters_split_over_tokens_and_lines(demo, boundaries):
     found, endings = texts_along(lines, len(texts))
     assert endings == [1] * len(texts)
     for text, line in zip(texts, found):
-        shown = "".join(c if c.isprintable() else "·" for c in text)
+        shown = "".join("·" if c in "\n\t\r\u2028\x1b" else c for c in text)
         assert line.replace(" ", "") == shown.replace(" ", "")
 
 

@@ -232,8 +232,10 @@ def test_ends_count_the_characters_that_are_complete(demo, text):
     """Byte tokens: an umlaut or an emoji spans several and counts with the last of them."""
     tokenizer = demo[1].tokenizer
     tokens = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    [spelled], [ends] = sampling.decode_responses(tokenizer, torch.tensor([tokens]), torch.tensor([len(tokens)]))
-    assert spelled == text and int(ends[-1]) == len(text)
+    response = (torch.tensor([tokens]), torch.tensor([len(tokens)]))
+    texts = sampling.decode_responses(tokenizer, *response)
+    [ends] = sampling.text_ends(tokenizer, *response, texts)
+    assert texts == [text] and int(ends[-1]) == len(text)
     spent = 0
     for token, end in zip(tokens[:-1], ends.tolist()):
         spent += len(tokenizer.convert_ids_to_tokens(token))  # a byte a letter
