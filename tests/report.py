@@ -1,13 +1,16 @@
 """Look at a run: one page with its trees, curves and forks.
 
 For each prompt of the round the page plays the clip and draws the tree of the K responses, each
-span coloured by the credit that LEAF and GRPO give it, on one scale. Below are the curves of
-training and evaluation, of several runs if they are given, and how often boundaries fork.
+span coloured by the advantages that LEAF and GRPO give it, on one scale, and outlined where the
+two differ in sign. Below are the curves of training and evaluation, of several runs if they are
+given, and how often boundaries fork.
 
 Reads   RUN/rollouts.pt, surprisal.pt, tree.pt, advantages.pt, train.csv, eval.csv: what is there
 Writes  RUN/report.html, of the first run: it needs no network, and no other file but the clips
 Run     python tests/report.py                                            demo: 3 s
         python tests/report.py --run runs/leaf-0 --run runs/grpo-0        their curves together
+report.png is a picture of it: chromium --headless --hide-scrollbars --window-size=1000,680
+  --screenshot=tests/demo/report.png "file://$PWD/runs/demo/report.html#39"
 """
 import argparse
 import base64
