@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gradients import (REWARDS, advantage, evaluation, sample_rollouts, sampling, scoring,
-                       token_advantages, training, tree)
+from gradients import (REWARDS, advantage, sample_rollouts, sampling, scoring, token_advantages,
+                       training, tree)
 
 METHODS = ["grpo", "leaf", "global", "local", "multiplicity 0"]
 LEARNING_RATES = ["5e-4", "2e-4", "1e-3"]  # the first is 05's default
@@ -49,8 +49,11 @@ T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.2
 
 
 def defaults(stage):
-    sys.argv = sys.argv[:1]  # as if no flag was given
-    return stage.parse_args()
+    given = sys.argv
+    sys.argv = given[:1]  # as if no flag was given
+    args = stage.parse_args()
+    sys.argv = given
+    return args
 
 
 def encode_task(out, task):

@@ -62,22 +62,22 @@ def prompt_data(stages, number, run, embed_audio):
         data["centinats"] = [[round(100 * nats) for nats in row[:length]]
                              for row, length in zip(surprisal.tolist(), lengths)]
     if "tree" in stages:
-        credit = stages["advantages"]["prompts"][number] if "advantages" in stages else None
+        scores = stages["advantages"]["prompts"][number] if "advantages" in stages else None
         boundaries, groups = tree.unpack_tree(stages["tree"]["prompts"][number])
         data["boundaries"] = boundaries
         rows = tree.tree_rows(boundaries, groups, lengths)
-        data["rows"] = [row_data(row, credit) for row in rows]
+        data["rows"] = [row_data(row, scores) for row in rows]
     return data
 
-def row_data(row, credit):
+def row_data(row, scores):
     """A span of the tree; its numbers are sums over its n responses, as 04 prints them."""
     data = {**row._asdict(), "depth": len(row.branch) // 3 - 1}
-    if credit:
-        data["value"] = round(advantage.mean_reward(credit["rewards"], row.members), 3)
+    if scores:
+        data["value"] = round(advantage.mean_reward(scores["rewards"], row.members), 3)
         if row.start < row.end:
-            data["raw"] = round(sum(credit["spans"][i][row.level][2] for i in row.members), 3)
+            data["credit"] = round(sum(scores["spans"][i][row.level][2] for i in row.members), 3)
             for method in ("leaf", "grpo"):
-                data[method] = round(credit[method][row.members, row.start].sum().item(), 3)
+                data[method] = round(scores[method][row.members, row.start].sum().item(), 3)
     return data
 
 def audio_source(path, run, embed_audio):
@@ -229,7 +229,7 @@ audio { width: 100%; max-width: 26rem; height: 2.2rem; display: block; margin-bo
 .row .text { flex: 1; border-radius: .3rem; padding: 0 .35rem; min-width: 0; }
 .row b { font: 500 .82rem/1.5 system-ui; width: 3.6rem; text-align: right; padding: .1rem .3rem;
   border-radius: .3rem; font-variant-numeric: tabular-nums; flex: none; }
-.opposed .credit { outline: 2px solid var(--ink); } .head { color: var(--dim); }
+.opposed .advantage { outline: 2px solid var(--ink); } .head { color: var(--dim); }
 #detail { min-height: 3em; margin-top: .5rem; } .cut { border-left: 2px solid var(--ink); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; }
 figcaption { font-weight: 500; } svg { width: 100%; border-bottom: 1px solid var(--line); }
@@ -249,7 +249,7 @@ polygon { fill: currentColor; opacity: .18; } .base { color: var(--dim); stroke-
 <button id="next" onclick="move(1)" aria-label="next prompt">&rarr;</button>
 <select id="sort" onchange="sort()" aria-label="order"><option value="number">by number</option>
 <option value="opposed">LEAF against GRPO first</option></select>
-<select id="view" onchange="draw()" aria-label="view"><option value="tree">credit</option>
+<select id="view" onchange="draw()" aria-label="view"><option value="tree">advantages</option>
 <option value="tokens">surprisal</option></select></nav><audio id="audio" controls preload="none">
 </audio><p id="prompt" dir="auto"></p><p id="reference" dir="auto"></p><div id="main"></div>
 <p id="detail" class="dim"></p></section>@SECTIONS@
@@ -267,9 +267,9 @@ function tokensOf(prompt, k) {  // sizes count characters, not UTF-16 units
   const rest = Array.from(prompt.texts[k]);
   return prompt.sizes[k].map(size => rest.splice(0, size).join(""));
 }
-function tint(credit, most) {
-  const alpha = credit && 0.12 + 0.6 * Math.abs(credit) / most;
-  return credit < 0 ? `rgba(230, 115, 15, ${alpha})` : `rgba(45, 110, 225, ${alpha})`;
+function tint(advantage, most) {
+  const alpha = advantage && 0.12 + 0.6 * Math.abs(advantage) / most;
+  return advantage < 0 ? `rgba(230, 115, 15, ${alpha})` : `rgba(45, 110, 225, ${alpha})`;
 }
 function opposed(row) {  // how far the two are apart where one pushes up and the other down
   return row.leaf * row.grpo < 0 ? Math.abs(row.leaf - row.grpo) : 0;
@@ -283,19 +283,19 @@ function drawRow(prompt, row, most, parent) {
   const nats = row.start < row.end && prompt.centinats ?
     prompt.centinats[row.members[0]][row.start] / 100 : undefined;
   for (const x of [nats, row.value]) make("b", "", x === undefined ? "" : x.toFixed(2), line);
-  for (const credit of [row.leaf, row.grpo]) {
-    const cell = make("b", "credit", credit === undefined ? "" : credit.toFixed(2), line);
-    cell.style.background = tint(credit, most);
+  for (const advantage of [row.leaf, row.grpo]) {
+    const cell = make("b", "advantage", advantage === undefined ? "" : advantage.toFixed(2), line);
+    cell.style.background = tint(advantage, most);
   }
   const facts = [`responses ${row.members.join(", ")}`];
   if (row.leaf !== undefined)
-    facts.push(`sums over them: LEAF ${row.leaf} (${row.raw} before the z-score), GRPO ${row.grpo}`);
+    facts.push(`sums over them: LEAF ${row.leaf} (its credit: ${row.credit}), GRPO ${row.grpo}`);
   line.title = facts.join("; ");
   line.onclick = line.onmouseenter = () => { get("detail").textContent = line.title; };
 }
 function drawTree(prompt) {
-  const credits = prompt.rows.flatMap(row => [row.leaf || 0, row.grpo || 0]);
-  const most = Math.max(1e-9, ...credits.map(Math.abs));
+  const advantages = prompt.rows.flatMap(row => [row.leaf || 0, row.grpo || 0]);
+  const most = Math.max(1e-9, ...advantages.map(Math.abs));
   const head = make("div", "row head", "", get("main"));
   make("span", "text", "", head);
   for (const name of ["nats", "reward", "LEAF", "GRPO"]) make("b", "", name, head);

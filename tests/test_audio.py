@@ -34,29 +34,10 @@ def test_resampled_tone_is_the_tone_at_the_new_rate(old, new):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("old, new", [(44100, 16000), (8000, 16000), (48000, 16000)])
-def test_a_tone_cut_at_its_ends_is_right_away_from_them(old, new):
-    tone, wanted = (torch.sin(2 * math.pi * 440 * torch.arange(rate) / rate) for rate in (old, new))
-    found = sampling.resample(tone, old, new)
-    torch.testing.assert_close(found[new // 10:-new // 10], wanted[new // 10:-new // 10], atol=0.01, rtol=0)
-
-
 def test_what_the_new_rate_cannot_hold_is_removed():
     low, high = burst(1000, 16000), burst(6000, 16000)  # 8000 Hz hold up to 4000
     found = sampling.resample((low + high).float(), 16000, 8000)
     torch.testing.assert_close(found, burst(1000, 8000).float(), atol=1e-4, rtol=0)
-
-
-def test_up_and_down_again_gives_the_same():
-    wave = burst(900, 8000).float()
-    for rate in (16000, 22050, 48000):
-        there_and_back = sampling.resample(sampling.resample(wave, 8000, rate), rate, 8000)
-        torch.testing.assert_close(there_and_back[:len(wave)], wave, atol=1e-5, rtol=0)
-
-
-def test_the_same_rate_changes_nothing():
-    wave = torch.randn(1001, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(sampling.resample(wave, RATE, RATE), wave, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 7, 441, 1000])
@@ -109,12 +90,6 @@ def test_stereo_is_the_mean_of_its_channels(tmp_path):
     assert sampling.load_audio(opposed, RATE).eq(0).all()
 
 
-def test_opus_clips_of_the_demo_are_read_at_their_rate(examples):
-    info = soundfile.info(examples[0]["audio"])
-    wave = sampling.load_audio(examples[0]["audio"], RATE)
-    assert len(wave) == math.ceil(info.frames * RATE / info.samplerate) and wave.abs().max() > 0.01
-
-
 # Mistakes.
 
 def refused(path, *words, **settings):
@@ -140,13 +115,6 @@ def test_what_is_no_recording(tmp_path, content, name):
 
 def test_a_recording_without_samples(tmp_path):
     refused(written(tmp_path / "silent.wav", torch.zeros(0), RATE), "empty")
-
-
-def test_a_recording_cut_off_in_its_header(tmp_path):
-    whole = written(tmp_path / "a.flac", burst(440, RATE), RATE)
-    path = tmp_path / "cut.flac"
-    path.write_bytes(whole.read_bytes()[:30])
-    refused(path)
 
 
 def test_samples_that_are_not_numbers(tmp_path):

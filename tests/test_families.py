@@ -18,10 +18,10 @@ import torch
 from conftest import TEST, TRAIN, call, load, parsed, refusal, sampled_round, shell
 from families import (MelSpectrogram, family_processor, features, memory_of_training, published_config,
                       random_model, stand_in_for_torchaudio)
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.utils import backend_registration
-from transformers import AutoModelForMultimodalLM, GraniteForCausalLM, GraniteSpeechForConditionalGeneration
+from transformers import GraniteForCausalLM, GraniteSpeechForConditionalGeneration
 
 sampling = import_module("01_sample")
 scoring = import_module("02_surprisal")
@@ -105,6 +105,7 @@ def small(folder):
 
 # All of them.
 
+@pytest.mark.parametrize("family", ["granite-4.0-1b-speech"], indirect=True)
 def test_the_six_stages(tmp_path, family):
     """A second round, so that the trained adapter is loaded on top of the model."""
     for turn in (1, 2):
@@ -135,9 +136,9 @@ def test_two_rounds_on_a_pretended_gpu(tmp_path, family):
     assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
 
 
-def test_only_listening_needs_the_processor(tmp_path, family):
+def test_only_listening_needs_the_processor(tmp_path, folders):
     """What 02 to 05 need of the checkpoint is the language model."""
-    model = shutil.copytree(family, tmp_path / "model")
+    model = shutil.copytree(folders["granite-speech-3.3-2b"], tmp_path / "model")
     run = tmp_path / "run"
     call("01_sample.py", "--run", run, *small(model))
     for path in model.iterdir():
@@ -195,20 +196,6 @@ def test_half_precision_is_heard_saved_and_scored(tmp_path, family, examples):
         [exact] = scoring.score_responses(model.float(), [{**prompt, "embeds": prompt_embeds.float()}])
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, exact, atol=0.15, rtol=0)
-
-
-def test_the_saved_adapter_is_plain_peft(tmp_path, family, examples):
-    """Two lines elsewhere: load the model (Granite's own LoRA folded in), then PeftModel on top."""
-    sampled_round(tmp_path, *small(family))
-    call("05_train.py", "--run", tmp_path, "--learning-rate", 0.05)
-    adapter, [prompt, _] = tmp_path / "adapter", load(tmp_path, "rollouts")["prompts"]
-    ours, _ = sampling.load_model(family, adapter)
-    base = AutoModelForMultimodalLM.from_pretrained(family, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(sampling.fold_adapters(base).eval(), str(adapter)).eval()
-    assert torch.equal(logits_on(theirs, prompt["embeds"]), logits_on(ours, prompt["embeds"]))
-    with theirs.disable_adapter():
-        assert not torch.allclose(logits_on(theirs, prompt["embeds"]), logits_on(ours, prompt["embeds"]),
-                                  atol=1e-3)
 
 
 def test_the_prompt_is_shown_once_as_the_model_gets_it(tmp_path, family, capsys):
@@ -336,13 +323,10 @@ def test_a_clip_that_is_too_short_is_refused_by_name(tmp_path, family, samples):
 
 # At full size.
 
-@pytest.mark.parametrize("name, limit", [
-    ("granite-speech-3.3-2b", 12), ("granite-speech-3.3-8b", 32), ("qwen2-audio-7b", 28)])
-def test_training_takes_little_memory(demo, name, limit):
-    """The sum of all tensors that are alive at once; without checkpoints, the 2B model takes more."""
-    config = published_config(name, demo[1].tokenizer)
-    assert memory_of_training(config, True)[0] < limit * 1e9
-    assert "2b" not in name or memory_of_training(config, False)[0] > limit * 1e9
+def test_training_takes_little_memory(demo):
+    """The sum of all tensors that are alive at once: less than without checkpoints."""
+    config = published_config("granite-speech-3.3-2b", demo[1].tokenizer)
+    assert memory_of_training(config, True)[0] < 12e9 < memory_of_training(config, False)[0]
 
 
 # Models that this machine cannot take.
@@ -351,13 +335,3 @@ def test_training_takes_little_memory(demo, name, limit):
 def test_without_a_gpu_cuda_is_refused(folders):
     with pytest.raises(sampling.UserError, match="^cannot load .* on cuda: ."):
         sampling.load_model(folders["granite-4.0-1b-speech"], device="cuda")
-
-
-def test_a_full_gpu_is_told_in_one_sentence(tmp_path, folders, monkeypatch):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(import_module("01_sample"), "sample_all", full)
-    with pytest.raises(SystemExit, match="fewer --prompts-per-batch"):
-        options = ["--run", tmp_path, *small(folders["qwen2-audio-7b"])]
-        sampling.run_stage(sampling.main, lambda: parsed("01_sample.py", *options))

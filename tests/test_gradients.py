@@ -136,12 +136,6 @@ def test_cosines_of_the_true_gradient_with_itself(rounds, policy, tmp_path):
             assert (columns[f"{name}_se"] < 1e-4).all()
 
 
-def test_a_group_with_all_rewards_equal_points_nowhere(rounds, policy, tmp_path):
-    rollout = credited(shutil.copytree(rounds.sampled, tmp_path / "run"))[0]
-    found = gradients.method_gradients(policy[0], {**rollout, "rewards": [0.5] * 4}, policy[1], fork_budget=2)
-    assert not found.any()
-
-
 def test_the_command(tmp_path):
     sentence = refusal("tests/gradients.py", "--run", tmp_path / "run", "--num-samples", 20)
     assert "--num-samples has to be a multiple of 2 K" in sentence

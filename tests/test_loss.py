@@ -102,12 +102,6 @@ def test_the_last_token_counts():
     assert loss.item() == pytest.approx(-(6 / 3 + 3 / 2) / 2)
 
 
-def test_every_response_weighs_the_same_whatever_its_length():
-    mask = torch.tensor([[True] * 8, [True] + [False] * 7])
-    zeros, advantages = torch.zeros(2, 8), torch.tensor([[1.0], [-1.0]]).expand(2, 8)
-    assert training.policy_loss(zeros, zeros, zeros, advantages, mask, CLIP, KL).item() == pytest.approx(0)
-
-
 def test_kl_is_zero_and_flat_at_the_reference():
     assert one_token(1.0, 0.0, kl_weight=1.0) == (0.0, 0.0)
 
@@ -148,7 +142,7 @@ def step_of(tmp_path, rounds, monkeypatch):
 def test_a_step_follows_the_loss_of_all_its_prompts(rounds, step_of, method, per_batch, checkpoints):
     """Every response's mean over all of its tokens, every prompt's mean over its responses, the mean
     of the prompts; the ratio is 1, so that nothing is clipped; reference and policy differ."""
-    found, _ = step_of("--method", method, "--kl-weight", 0.5, "--max-grad-norm", 1e9,
+    found, _ = step_of("--method", method, "--kl-weight", 0.5, "--max-grad-norm", 0,
                        "--prompts-per-batch", per_batch, checkpoints)
     policy = training.load_policy({"model": str(MODEL)}, rounds.ready / "adapter", parsed("05_train.py"))
     stages = [load(rounds.ready, name)["prompts"] for name in ("rollouts", "surprisal", "advantages")]

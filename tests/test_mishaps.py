@@ -9,11 +9,10 @@ import sys
 import time
 from importlib import import_module
 
-import peft
 import pytest
 import soundfile
 import torch
-from conftest import MODEL, ROOT, SMALL, TEST, TRAIN, call, load, parsed, refusal, shell
+from conftest import MODEL, ROOT, SMALL, TEST, TRAIN, call, load, parsed, refusal
 from safetensors.torch import load_file, save_file
 
 sampling = import_module("01_sample")
@@ -165,14 +164,6 @@ def corpus(tmp_path):
     return path
 
 
-def test_a_clip_of_which_nothing_is_heard(corpus, demo):
-    model, processor = demo
-    [short] = [row for row in sampling.read_manifest(corpus) if row["id"] == "2"]
-    args = parsed("01_sample.py")
-    with pytest.raises(sampling.UserError, match="short.wav"):
-        sampling.embed_examples(model, processor, [short], args)
-
-
 def test_unreadable_clips_are_left_out_and_keep_their_place(corpus, capsys):
     """Without the flag they stop the round; with it the order of all others is what it was."""
     run = corpus.parent / "run"
@@ -187,7 +178,8 @@ def test_unreadable_clips_are_left_out_and_keep_their_place(corpus, capsys):
     assert rollouts["meta"]["seen"] == 4 and rollouts["meta"]["num_prompts"] == 2
     call("06_eval.py", "--run", run, *EVALUATION, "--manifest", corpus, "--num-prompts", 4,
          "--skip-unreadable")
-    assert ",2,0.9" in (run / "eval.csv").read_text()
+    row = (run / "eval.csv").read_text().splitlines()[1]
+    assert ",base," in row and row.endswith(",2,0.9")
 
 
 def test_a_corpus_of_which_nothing_can_be_read(corpus):
@@ -317,17 +309,6 @@ def test_a_manifest_in_the_encodings_of_windows(tmp_path, encoding):
     assert sampling.read_manifest(path)[0]["reference"] == "Grüße."
 
 
-@pytest.mark.parametrize("content, said", [
-    (b'[{"audio": "a", "prompt": "b", "reference": "c"}]', "one JSON object a line"),
-    (b'[\n{"audio": "a", "prompt": "b", "reference": "c"}\n]', "one JSON object a line"),
-    (b'{"audio": "a", "prompt": "\xff", "reference": "c"}', "line 1")])
-def test_a_manifest_that_is_none(tmp_path, content, said):
-    path = tmp_path / "manifest.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(sampling.UserError, match=said):
-        sampling.read_manifest(path)
-
-
 # The terminal, the folder, the memory.
 
 def test_all_languages_are_printed():
@@ -375,17 +356,6 @@ def test_a_second_stage_in_the_same_folder(tmp_path, rounds):
     call("03_tree.py", "--run", run)
 
 
-def test_two_processes_that_start_together(tmp_path):
-    command = [sys.executable, "01_sample.py", "--run", tmp_path / "run", *SMALL]
-    both = [subprocess.Popen([*map(str, command), "--seed", str(seed)], cwd=ROOT,
-                             stderr=subprocess.PIPE, text=True) for seed in (1, 2)]
-    errors = [process.communicate()[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 1]
-    winner = next(seed for seed, process in zip((1, 2), both) if process.returncode == 0)
-    assert "another stage" in errors[2 - winner] and "Traceback" not in errors[2 - winner]
-    assert load(tmp_path / "run", "rollouts")["meta"]["seed"] == winner
-
-
 def test_a_folder_that_cannot_be_written_is_noticed_first(tmp_path, rounds, monkeypatch):
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
     access = os.access
@@ -418,9 +388,9 @@ def test_a_clip_is_not_left_out_because_memory_is_full(tmp_path, monkeypatch, ca
     assert "left out" not in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("command", ["-OO 03_tree.py", "03_tree.py", "05_train.py"])
-def test_python_without_docstrings_and_without_output(rounds, tmp_path, command):
+def test_python_without_docstrings_and_without_output(rounds, tmp_path):
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
-    line = f"{sys.executable} {command} --run {run} >&- 2>&-"
+    (run / "tree.pt").unlink()
+    line = f"{sys.executable} -OO 03_tree.py --run {run} >&- 2>&-"
     assert subprocess.run(["bash", "-c", line], cwd=ROOT).returncode == 0
-    assert sampling.read_state(run)["round"] == ("05" in command)
+    assert (run / "tree.pt").exists()

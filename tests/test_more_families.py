@@ -374,22 +374,11 @@ def test_a_recurrent_decoder(tmp_path):
         scoring.check_branches(model, embeds_for(model))
 
 
-def test_a_decoder_in_which_branches_see_each_other(prompt_embeds, monkeypatch):
-    """As a recurrent one, which knows no mask."""
-    model, _ = sampling.load_model(str(MODEL))
-    scoring.check_branches(model, prompt_embeds[0])
-    forward = model.get_decoder().forward
-    monkeypatch.setattr(model.get_decoder(), "forward",
-                        lambda attention_mask, **named: forward(**named))
-    with pytest.raises(sampling.UserError, match="see each other"):
-        scoring.check_branches(model, prompt_embeds[0])
-
-
 def test_nothing_is_written_for_a_model_that_is_refused(tmp_path, rounds, monkeypatch):
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
     (run / "surprisal.pt").unlink()
     monkeypatch.setattr(scoring, "trie_mask", lambda parents, P: torch.ones(2 * [P + len(parents)]).tril() > 0)
-    with pytest.raises(sampling.UserError):
+    with pytest.raises(sampling.UserError, match="see each other"):
         scoring.main(scoring.sampling.stage_parser("", 2).parse_args(["--run", str(run)]))
     assert not (run / "surprisal.pt").exists()
 

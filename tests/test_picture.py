@@ -4,7 +4,6 @@ import re
 from importlib import import_module
 
 import pytest
-import torch
 from conftest import EQUAL_REWARDS, NESTED, IDENTICAL, call, handmade_prompt, load, padded
 
 sampling = import_module("01_sample")

@@ -138,20 +138,6 @@ def test_a_larger_budget_and_none(handmade):
     assert load(handmade, "tree")["prompts"][0]["boundaries"].tolist() != [2, 4]
 
 
-def test_advantage_terms_change_the_credit(handmade):
-    call("03_tree.py", "--run", handmade)
-    found = {}
-    for terms in ("both", "global", "local"):
-        call("04_advantage.py", "--run", handmade, "--advantage-terms", terms)
-        stage = load(handmade, "advantages")
-        found[terms] = stage["prompts"][0]
-        assert stage["meta"]["advantage_terms"] == terms
-    assert not torch.allclose(found["global"]["leaf"], found["local"]["leaf"])
-    for both, a, b in zip(*(sum(found[terms]["spans"], []) for terms in ("both", "global", "local"))):
-        assert both[:2] == a[:2] == b[:2] and both[2] == pytest.approx(a[2] + b[2])
-    assert torch.equal(found["both"]["grpo"], found["local"]["grpo"])
-
-
 def test_rewards_all_alike_are_said(handmade, capsys):
     call("03_tree.py", "--run", handmade)
     capsys.readouterr()
@@ -308,12 +294,6 @@ def test_evaluation_is_added_and_repeats(tmp_path, rounds):
     assert len({tuple(row.values()) for row in rows}) == 2  # the same numbers again
 
 
-def test_a_run_without_an_adapter_can_be_evaluated(tmp_path):
-    call("06_eval.py", "--run", tmp_path, "--manifest", TEST, "--model", MODEL, "--num-prompts", 2,
-         "--max-new-tokens", 4, "--passes", 1)
-    assert [row["method"] for row in table(tmp_path / "eval.csv")] == ["base"]
-
-
 def test_every_stage_says_what_it_wrote_and_ends_in_an_example(pipeline):
     for turn in pipeline.said:
         for script, name in zip(SCRIPTS, [*STAGES, "adapter", "eval.csv"]):
@@ -343,15 +323,6 @@ def test_the_same_seed_gives_the_same_files_bit_for_bit(tmp_path, rounds):
     for name in [f"{stage}.pt" for stage in STAGES] + ["adapter/adapter_model.safetensors",
                                                         "adapter/optimizer.pt", "adapter/training.json"]:
         assert (tmp_path / name).read_bytes() == (rounds.trained / name).read_bytes(), name
-
-
-def test_another_seed_gives_others(tmp_path, rounds):
-    sampled_round(tmp_path, "--seed", 1)
-    call("05_train.py", "--run", tmp_path)
-    ours, theirs = (load(run, "rollouts") for run in (tmp_path, rounds.trained))
-    assert [p["id"] for p in ours["prompts"]] != [p["id"] for p in theirs["prompts"]]
-    assert ours["meta"]["id"] != theirs["meta"]["id"]
-    assert not same(adapter_of(tmp_path), adapter_of(rounds.trained))
 
 
 def test_grpo_trains_from_the_same_files(tmp_path, rounds):

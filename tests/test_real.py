@@ -287,7 +287,7 @@ def test_the_shipped_weights_are_small_and_fit_the_parts():
                     reason="needs runs/real-model: tests/demo/make_real.py")
 def test_the_real_model_hears(tmp_path):
     call("01_sample.py", "--run", tmp_path, "--model", ROOT / "runs/real-model", "--manifest",
-         REAL / "test.jsonl", "--num-prompts", 4, "--num-responses", 2, "--temperature", 0)
+         REAL / "test.jsonl", "--num-prompts", 2, "--num-responses", 1, "--temperature", 0)
     rewards = [reward for prompt in load(tmp_path, "rollouts")["prompts"]
                for reward in advantage.prompt_rewards(prompt)]
     assert sum(rewards) / len(rewards) > 0.25

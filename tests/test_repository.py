@@ -1,6 +1,5 @@
 """The repository: docstring examples, requirements, what 03 and 04 load, and the demo that ships."""
 import doctest
-import re
 import subprocess
 import sys
 from importlib import import_module
@@ -27,13 +26,6 @@ def test_docstring_examples_are_found():
                 for test in doctest.DocTestFinder().find(import_module(script[:-3])) if test.examples]
     assert {"build_trie", "select_boundaries", "group_prefixes", "04_advantage"} <= {
         test.name.split(".")[-1] for test in examples}
-
-
-def test_requirements_are_six():
-    lines = (ROOT / "requirements.txt").read_text().split()
-    assert [re.split("[=<>~]", line)[0] for line in lines] == [
-        "torch", "transformers", "peft", "soundfile", "tqdm", "pytest"]
-    assert lines[:2] == ["torch==2.13.0", "transformers==5.23.0"]
 
 
 def test_importing_the_scripts_does_nothing():

@@ -51,15 +51,6 @@ def policy():
     return model
 
 
-def test_layout_by_hand():
-    tokens, parents, depths, node = scoring.build_trie(*padded([[4, 5, 6], [4, 7], [4, 5], [8, 5, 6]]))
-    assert tokens.tolist() == [4, 5, 6, 7, 8, 5, 6]
-    assert parents.tolist() == [-1, 0, 1, 0, -1, 4, 5]
-    assert depths.tolist() == [0, 1, 2, 1, 0, 1, 2]
-    assert node[0].tolist() == [0, 1, 2] and node[1, :2].tolist() == [0, 3]
-    assert node[2, :2].tolist() == [0, 1] and node[3].tolist() == [4, 5, 6]
-
-
 @pytest.mark.parametrize("seed", range(30))
 def test_every_response_is_a_path_and_shared_beginnings_stand_once(seed):
     rows = random_responses(seed)
@@ -113,15 +104,6 @@ def test_values_and_gradients_equal_separate_passes(policy, prompt_embeds, shape
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_random_responses_equal_separate_passes(demo, prompt_embeds):
-    model, _ = demo
-    for seed in range(3):
-        responses, lengths = padded(random_responses(seed))
-        with torch.no_grad():
-            torch.testing.assert_close(together(model, prompt_embeds[seed], responses, lengths),
-                                       apart(model, prompt_embeds[seed], responses, lengths), atol=1e-4, rtol=0)
-
-
 def test_prompts_of_one_batch_do_not_touch_each_other(policy, prompt_embeds):
     """Rows of different lengths, values and gradients: as one by one."""
     prompts = []
@@ -149,21 +131,3 @@ def test_prompts_of_one_batch_do_not_touch_each_other(policy, prompt_embeds):
     for name, gradient in gradients[1].items():
         assert gradient.isfinite().all() and gradient.abs().max() > 0, name
         torch.testing.assert_close(gradients[0][name], gradient, atol=1e-3, rtol=1e-3, msg=name)
-
-
-def test_order_of_the_responses_does_not_matter(demo, prompt_embeds):
-    responses, lengths = padded(RAGGED)
-    order = torch.tensor([5, 0, 3, 1, 4, 2])
-    with torch.no_grad():
-        straight = together(demo[0], prompt_embeds[0], responses, lengths)
-        shuffled = together(demo[0], prompt_embeds[0], responses[order], lengths[order])
-    torch.testing.assert_close(shuffled, straight[order], atol=1e-5, rtol=0)
-
-
-def test_log_probabilities_are_those_of_the_full_softmax(demo, prompt_embeds):
-    """Over all V first tokens, each a response of its own, the probabilities sum to 1."""
-    model, _ = demo
-    V = model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        logp = together(model, prompt_embeds[0], torch.arange(V)[:, None], torch.ones(V, dtype=torch.int64))
-    assert logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
