@@ -12,10 +12,12 @@ b tokens.
 
 A boundary comes from one response that was surprised there, but all K are compared at it. Those
 with the same first b tokens have made the same choices so far. Two or more of them form a node, and
-each member of the node is cut at b. The members need not be surprised there themselves, so the cut
-may fall inside a word. A response that shares its first b tokens with no other is not cut at b.
-Responses that are together at b are together at each earlier boundary. So nodes lie inside nodes: a
-tree. A span is what a response has before its first cut, between two cuts, or after the last.
+each member is cut at b, surprised or not: the worth of these choices is the mean reward of all who
+made them (04). Where another prefix led to b, nobody may be surprised, and the cut may fall inside
+a word. A response that shares its first b tokens with no other is not cut at b, even if its own
+surprise put the boundary there. Responses that are together at b are together at each earlier
+boundary. So nodes lie inside nodes: a tree. A span is what a response has before its first cut,
+between two cuts, or after the last.
 
 Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree (of two or more
         responses; the root, all K at b = 0, is not stored)
@@ -47,7 +49,7 @@ def select_boundaries(surprisal, lengths, B):
     for i, row in enumerate(surprisal.tolist()):
         for b in range(1, int(lengths[i])):
             candidates.append((-row[b], i, b))
-    D = max(2, int(min(lengths)) // (B + 1))  # B boundaries, spread evenly over the shortest
+    D = max(2, int(min(lengths)) // (B + 1))  # as if B of them divided the shortest evenly
     boundaries = []
     for _, _, b in sorted(candidates):  # highest surprisal first; ties: lower i, then lower b
         if len(boundaries) == B:
@@ -97,11 +99,11 @@ Row = namedtuple("Row", "branch members level start end")
 PICTURE_WIDTH = 58  # characters, without the columns of numbers
 
 def tree_rows(boundaries, groups, lengths, parent=None, level=0, start=0, indent=""):
-    """A Row for each line of the picture below a node. parent: the responses in that node (None: all
-    K). branch: what is drawn in front of the text. members: the responses on this line. start, end:
-    its tokens are start to end - 1. level: how many cuts come before it, so that boundaries[level]
-    is where it is cut, and spans[i][level] of response i is its span (04). Responses that end in
-    their node, identical ones, have a line each below it, without tokens."""
+    """A Row for each line of the picture below a node. parent: the responses in that node (None:
+    all K). branch: what is drawn in front of the text. members: the responses on this line. start,
+    end: its tokens are start to end - 1. level: how many cuts come before it. So boundaries[level]
+    is where a node is cut, and spans[i][level] is the span of response i (04). Below a node in
+    which identical responses have ended, lines have no tokens."""
     parent = parent or list(range(len(lengths)))
     nodes = groups[level] if level < len(groups) else []
     children = [members for members in nodes if members[0] in parent]

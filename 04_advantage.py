@@ -12,9 +12,9 @@ decision. Was it better than the average, and better than the branch it grew fro
 
 LA is 0 where nothing was decided: all of a node went on alike to the next boundary.
 
-Why a root of n: a span shared by n responses occurs n times in the gradient. If the rewards are
-independent, with standard deviation σ, their mean V varies by σ/√n, and n copies of V by √n σ. With
-each copy divided by √n, their sum varies by σ, as the reward of a tail does.
+Why divide by √n: a span shared by n responses occurs n times in the gradient. If the rewards are
+independent, with standard deviation σ, then their mean V has σ/√n, and the sum of n copies of V
+has √n σ. With each copy divided by √n, the sum has σ, as the reward of a tail has.
 
 Last, a z-score over all spans of a prompt turns credits into advantages (step 5). A tree with cuts
 at 2 and 5:
@@ -39,9 +39,9 @@ A span 2..5 has the tokens 2, 3 and 4.
 
 Sizes   K responses, T tokens in the longest, J nodes of the tree, n responses in a node
 Reads   RUN/rollouts.pt, RUN/tree.pt
-Writes  RUN/advantages.pt, per prompt, float32: rewards (K,) in [0, 1]; node_value (J,); leaf and
-        grpo (K, T), 0 at padding: the advantage of each token; spans, K lists of [start, end,
-        credit]
+Writes  RUN/advantages.pt, per prompt: rewards (K,) in [0, 1]; node_value (J,); leaf and grpo
+        (K, T), 0 at padding: the advantage of each token, all float32; spans, K lists of [start,
+        end, credit]
 Run     python 04_advantage.py                                   demo: about 1 s
 Differs from the paper (arXiv 2606.07610): nothing. Steps are numbered as in the README.
 """
@@ -97,9 +97,9 @@ def sample_std(values):
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 def zscore(spans):
-    """Step 5: the credits of a prompt's spans, normalized: their advantages. Each span of each
-    response counts once, long or short, and so a shared one n times. The floor 1e-6 only guards the
-    division."""
+    """Step 5: the credits of a prompt's spans, normalized: their advantages. Mean and deviation are
+    those of a list with one entry per span and response, whatever its length; a span shared by n
+    responses has n entries. The floor 1e-6 only guards the division."""
     credits = [credit for response in spans for _, _, credit in response]
     mean = statistics.fmean(credits)
     scale = max(sample_std(credits), 1e-6)
