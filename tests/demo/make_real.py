@@ -70,9 +70,11 @@ ANNOUNCEMENTS = (
     ("message from extension (.*)", "a missed call", "call back the extension {}"),
     ("incoming call from (.*)", "a new call", "answer the call from {}"))
 # The phrasings of the three parts of an answer; the first of each is the reference's.
-HEARD = ("The announcement says: {}.", "I can hear this: {}.", "These are the words: {}.")
-ABOUT = ("It is about {}.", "So {} is the subject.", "This concerns {}.")
-TO_DO = ("The caller has to {}.", "Now it is time to {}.", "What is left to do is to {}.")
+HEARD = ("The announcement says: {}.", 'I hear "{}" on the phone.',
+         "A voice on the line reads this out: {}.")
+ABOUT = ("It is about {}.", "So {} is the subject here.", "This one concerns {} above all.")
+TO_DO = ("The caller has to {}.", "Now it is time to {} without delay.",
+         "Please {}, and that is all.")
 DIGITS = {make_demo.english(n).replace("-", " "): str(n) for n in range(100)}
 NUMBER = re.compile(rf"\b({'|'.join(sorted(DIGITS, key=len, reverse=True))})\b")  # longest first
 
@@ -190,46 +192,55 @@ def draw_clips(model, processor, telephone, forbidden, count, seed, path):
 
 # 1. Listen.
 
+class Listener(torch.nn.Module):
+    """Frames of the encoder (F, d_model) -> logits (F, V): the closer a frame, projected, is to the
+    embedding of a token in `table` (V, H), the higher is the token's logit."""
+
+    def __init__(self, frames, table):
+        super().__init__()
+        self.mean = frames.mean(dim=0)
+        self.std = frames.std(dim=0)
+        self.table = table
+        self.usual = torch.pdist(table).square().mean()  # distance of two tokens, squared
+        self.linear = torch.nn.Linear(frames.shape[1], table.shape[1])
+        torch.nn.init.zeros_(self.linear.weight)
+        self.linear.bias.data = table.mean(dim=0)
+        self.sharpness = torch.nn.Parameter(torch.tensor(0.0))  # not more, or nothing is learned
+
+    def project(self, states):
+        return self.linear((states.float() - self.mean) / self.std)
+
+    def forward(self, states):
+        distance = torch.cdist(self.project(states), self.table)
+        return -self.sharpness.exp() * distance ** 2 / self.usual
+
+    def fill(self, projector, frames):
+        """Writes the projection into a Linear layer that takes frames as they are. What it makes of
+        `frames` gets the mean length of an embedding, which the language model is used to."""
+        scale = self.table.norm(dim=1).mean() / self.project(frames).norm(dim=1).mean()
+        weight = self.linear.weight.data
+        projector.weight.data = scale * weight / self.std
+        projector.bias.data = scale * (self.linear.bias.data - weight @ (self.mean / self.std))
+
+
 def learn_words(model, tokenizer, clips, test, epochs, learning_rate=2e-3, batch_size=16):
     """Train the projector on `clips` so that what it makes of a frame is closest to the embedding
     of the token said, or of a newline, CTC's blank. Prints the errors on the clips of `test`."""
     targets = [tokenizer(" " + clip["sentence"]).input_ids for clip in clips]
     blank = tokenizer("\n").input_ids[0]
     tokens = [blank] + sorted({token for target in targets for token in target})
-    table = model.get_input_embeddings().weight[tokens]  # (V, H)
     number = {token: i for i, token in enumerate(tokens)}
     targets = [torch.tensor([number[token] for token in target]) for target in targets]
     frames = torch.cat([clip["states"] for clip in clips]).float()
-    mean, std = frames.mean(dim=0), frames.std(dim=0)
-    linear = torch.nn.Linear(frames.shape[1], table.shape[1])
-    torch.nn.init.zeros_(linear.weight)
-    linear.bias.data = table.mean(dim=0)
-    usual = torch.pdist(table).square().mean()
-    sharpness = torch.nn.Parameter(torch.tensor(0.0))  # not more, or nothing is learned
-
-    def logits(states):
-        distance = torch.cdist(linear((states.float() - mean) / std), table)
-        return -sharpness.exp() * distance ** 2 / usual
-
-    def word_errors():
-        errors = total = 0
-        for clip in test:
-            path = logits(clip["states"]).argmax(dim=-1).tolist()
-            said = [i for i, before in zip(path, [0] + path) if i not in (0, before)]
-            errors += edits(tokenizer.decode([tokens[i] for i in said]).split(),
-                            clip["sentence"].split())
-            total += len(clip["sentence"].split())
-        return errors / total
-
-    parameters = [*linear.parameters(), sharpness]
-    steps = epochs * math.ceil(len(clips) / batch_size)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
+    listener = Listener(frames, model.get_input_embeddings().weight[tokens])
+    optimizer = torch.optim.AdamW(listener.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, epochs * math.ceil(len(clips) / batch_size), pct_start=0.1)
     for epoch in range(epochs):
         order = torch.randperm(len(clips)).tolist()
         for batch in sampling.chunks(order, batch_size):
             states = pad_sequence([clips[n]["states"] for n in batch], batch_first=True)
-            loss = F.ctc_loss(logits(states).log_softmax(dim=-1).transpose(0, 1),
+            loss = F.ctc_loss(listener(states).log_softmax(dim=-1).transpose(0, 1),
                               torch.cat([targets[n] for n in batch]),
                               torch.tensor([len(clips[n]["states"]) for n in batch]),
                               torch.tensor([len(targets[n]) for n in batch]), zero_infinity=True)
@@ -238,17 +249,26 @@ def learn_words(model, tokenizer, clips, test, epochs, learning_rate=2e-3, batch
             optimizer.step()
             schedule.step()
         if (epoch + 1) % 4 == 0:
-            with torch.no_grad():
-                print(f"listening, epoch {epoch + 1}: loss {loss.item():.3f}, "
-                      f"{100 * word_errors():.1f}% of the test clips' words wrong", flush=True)
-
-    # As long as a token's embedding, which the language model is used to.
+            wrong = 100 * word_errors(listener, tokenizer, tokens, test)
+            print(f"listening, epoch {epoch + 1}: loss {loss.item():.3f}, {wrong:.1f}% of the test "
+                  "clips' words wrong", flush=True)
     with torch.no_grad():
-        length = linear((frames[::100] - mean) / std).norm(dim=1).mean()
-        scale = table.norm(dim=1).mean() / length
-    projector = model.model.multi_modal_projector.linear
-    projector.weight.data = scale * linear.weight.data / std
-    projector.bias.data = scale * (linear.bias.data - linear.weight.data @ (mean / std))
+        listener.fill(model.model.multi_modal_projector.linear, frames[::100])
+
+
+@torch.no_grad()
+def word_errors(listener, tokenizer, tokens, clips):
+    """The share of words wrong in clips. `tokens`: the token of each logit, the first is blank."""
+    errors = 0
+    total = 0
+    for clip in clips:
+        path = listener(clip["states"]).argmax(dim=-1).tolist()
+        said = [i for i, before in zip(path, [0] + path) if i not in (0, before)]
+        words = tokenizer.decode([tokens[i] for i in said]).split()
+        reference = clip["sentence"].split()
+        errors += edits(words, reference)
+        total += len(reference)
+    return errors / total
 
 
 def edits(words, reference):
@@ -259,7 +279,8 @@ def edits(words, reference):
     """
     row = list(range(len(reference) + 1))
     for i, word in enumerate(words, start=1):
-        before, row = row, [i]
+        before = row
+        row = [i]
         for j, other in enumerate(reference, start=1):
             row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (word != other)))
     return row[-1]
@@ -270,7 +291,8 @@ def edits(words, reference):
 def answer_loss(model, processor, clips, rng):
     """Cross-entropy of the tokens of an answer about each clip, its end included."""
     embed = model.get_input_embeddings()
-    rows, answers = [], []
+    rows = []
+    answers = []
     for clip in clips:
         prompt, answer = draw_task(clip, rng)
         text = sampling.render_prompt(processor, prompt) + answer + processor.tokenizer.eos_token
@@ -323,7 +345,8 @@ def learn_answers(model, processor, clips, args, path):
         if (step + 1) % 20 == 0 or step + 1 == args.steps:
             print(f"answering, step {step + 1}: loss {sum(losses) / len(losses):.3f}, "
                   f"{(time.time() - began) / len(losses):.1f} s a step", flush=True)
-            losses, began = [], time.time()
+            losses = []
+            began = time.time()
             weights = {name: weight.detach() for name, weight in trained.items()}
             sampling.save_file(path, {"weights": weights, "optimizer": optimizer.state_dict(),
                                       "schedule": schedule.state_dict(), "steps": step + 1})
@@ -352,7 +375,8 @@ def write_manifests(out, split, examples, seed):
     for name in (split, f"{split}_questions"):
         lines = []
         for i, example in enumerate(examples):
-            prompt, reference = PROMPT, write_answer(example["sentence"])
+            prompt = PROMPT
+            reference = write_answer(example["sentence"])
             if name != split:
                 prompt = rng.choice(list(example["questions"]))
                 reference = example["questions"][prompt][0]
