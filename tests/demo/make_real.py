@@ -5,13 +5,16 @@ model of the class of Qwen2-Audio. Only the projector and a small LoRA are train
 strung together as in make_demo.py, with no test sentence among them.
 
 1. Listen, without the language model. The projector learns to turn what the encoder hears into the
-   embeddings of the words said. CTC finds out which of them is said when.
+   embeddings of the words said. CTC finds out which of them is said when. After 20 epochs over 2000
+   announcements, 1% of the words in the test clips are wrong.
 2. Answer. Projector and LoRA learn to answer like a generalist: each part of an answer comes in one
-   of several phrasings, drawn evenly, of which the reference is one.
+   of several phrasings, drawn evenly, of which the reference is one. In 240 steps of 4 clips the
+   loss falls from 3 to 0.2 nats.
 
 Reads   the two parts: folders, or names on a hub; real/: what was trained
 Writes  a folder that from_pretrained loads, the LoRA folded in
         with --train, real/ as well: the trained weights, and manifests over the clips of the demo
+        (train_questions.jsonl and test_questions.jsonl ask the demo's questions)
 
 Run     python tests/demo/make_real.py                                  a minute
         python tests/demo/make_real.py --train --sounds DIR_WITH_DEBS   2 cores: 45 minutes
