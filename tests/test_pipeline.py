@@ -354,6 +354,9 @@ def test_the_learning_rate_reaches_the_optimizer(tmp_path, rounds, monkeypatch, 
     peak = parsed("05_train.py", *options).learning_rate
     assert used == pytest.approx([factor * peak for factor in factors])
     assert len(table(run / "train.csv")) == 2
+    recorded = json.loads((run / "adapter" / "training.json").read_text())
+    assert recorded["learning_rate"] == peak and recorded["seed"] == 0
+    assert not {"run", "device", "lora_rank"} & recorded.keys()
 
 
 @pytest.mark.parametrize("script, wanted", list(zip(SCRIPTS, (
