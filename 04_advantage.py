@@ -234,8 +234,8 @@ def main(args):
     num_boundaries, num_forks, num_usable = [sum(column) for column in zip(*counts)]
     print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
           f"{alike} of them have all rewards equal, and so no advantage in this round\n"
-          f"{num_forks} of {num_boundaries} boundaries have a node: responses with the same tokens "
-          f"before; in {num_usable} of them, rewards differ inside a node")
+          f"{num_forks} of {num_boundaries} boundaries have a node, responses with the same tokens "
+          f"before;\nin {num_usable} of them, rewards differ inside a node")
     prompt = prompts[args.show]
     tree.print_prompt(shown, "n    value   credit     LEAF     GRPO")
     for row in tree.tree_rows(*tree.unpack_tree(trees["prompts"][args.show]), shown["lengths"]):

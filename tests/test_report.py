@@ -176,7 +176,7 @@ def test_wilson(hits, total, low, high):
 def test_forks(run, capsys):
     """Prompt 0: both boundaries usable; 1: both fork, one usable; 2: rewards are equal."""
     call("04_advantage.py", "--run", run)
-    said = re.search(r"(\d+) of (\d+) boundaries have.*?; in (\d+) of them", capsys.readouterr().out, re.S)
+    said = re.search(r"(\d+) of (\d+) boundaries have.*?;\sin (\d+) of them", capsys.readouterr().out, re.S)
     page = report.build_page([run])
     fork, boundaries, usable = map(int, said.groups())
     trees, credits = load(run, "tree")["prompts"], load(run, "advantages")["prompts"]
