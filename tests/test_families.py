@@ -123,10 +123,9 @@ def test_the_six_stages(tmp_path, family):
 
 @pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
                     reason="this torch knows no devices made in Python")
-@pytest.mark.parametrize("family", ["granite-speech-3.3-2b", "qwen2-audio-7b"], indirect=True)
-def test_two_rounds_on_a_pretended_gpu(tmp_path, family):
+def test_two_rounds_on_a_pretended_gpu(tmp_path, folders):
     """No operation meets tensors of two devices, or of two types."""
-    done = shell("tests/pretended_gpu.py", family, tmp_path)
+    done = shell("tests/pretended_gpu.py", folders["granite-speech-3.3-2b"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert load(tmp_path, "rollouts")["prompts"][0]["embeds"].dtype == torch.bfloat16
     with open(tmp_path / "eval.csv", newline="") as file:

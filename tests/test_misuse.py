@@ -243,15 +243,11 @@ def test_a_run_that_is_a_file(tmp_path):
 
 # As the shell sees it.
 
-@pytest.mark.parametrize("script, options, words", [
-    ("02_surprisal.py", [], ["rollouts.pt", "01_sample.py"]),
-    ("01_sample.py", ["--manifest", "{folder}/bad.jsonl"], ["bad.jsonl", "line 2"]),
-])
-def test_a_mistake_in_the_shell(tmp_path, script, options, words):
+def test_a_mistake_in_the_shell(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"audio": "a", "prompt": "b", "reference": "c"}\noops\n')
-    done = shell(script, "--run", tmp_path / "run", *(option.format(folder=tmp_path) for option in options))
+    done = shell("01_sample.py", "--run", tmp_path / "run", "--manifest", tmp_path / "bad.jsonl")
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
-    assert all(word in done.stderr.splitlines()[-1] for word in words)
+    assert all(word in done.stderr.splitlines()[-1] for word in ("bad.jsonl", "line 2"))
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -296,23 +292,26 @@ def test_a_full_disk(tmp_path, rounds, monkeypatch, script, where):
 LIMITED = """
 import resource, signal, sys, torch
 from importlib import import_module
+sampling = import_module("01_sample")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-content = [torch.zeros(size) for size in (9, 90_000, 9)]
-import_module("01_sample").save_file(sys.argv[1], content)
+for limit in (10, 4_000, 361_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        sampling.save_file(sys.argv[1], [torch.zeros(size) for size in (9, 90_000, 9)])
+    except sampling.UserError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("limit", [10, 4_000, 361_000])
-def test_a_disk_that_fills_up_halfway(tmp_path, limit):
+def test_a_disk_that_fills_up_halfway(tmp_path):
     """No file may grow beyond the limit; torch's archive is cut in its beginning, middle or end."""
     path = tmp_path / "a.pt"
     sampling.save_file(path, "old\n")
-    done = subprocess.run([sys.executable, "-c", LIMITED, path, str(limit)], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 1  # an exception, not the signal of an abort
-    last = done.stderr.splitlines()[-1]
-    assert f"UserError: cannot write {path}: " in last and "File too large" in last
+    done = subprocess.run([sys.executable, "-c", LIMITED, path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # not the signal of an abort
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(f"cannot write {path}: " in line and "File too large" in line for line in lines)
     assert path.read_text() == "old\n" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
