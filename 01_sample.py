@@ -524,10 +524,11 @@ def only_stage(run):
         raise UserError(f"nothing can be written into {run}")
     folder = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another stage is at work in {run}: wait for its end") from error
         yield
-    except BlockingIOError as error:
-        raise UserError(f"another stage is at work in {run}: wait for its end") from error
     finally:
         os.close(folder)
 
