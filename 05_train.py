@@ -214,7 +214,7 @@ def main(args):
     # Write.
     state = {**vars(settings), "policy_id": meta["id"], "step": step}
     for name in ("run", "device", "lora_rank", "lora_alpha", "lora_dropout"):
-        del state[name]  # of a LoRA: adapter_config.json has them
+        del state[name]  # adapter_config.json has those of the LoRA
     save_adapter(args.run, model, optimizer, state)
     print(f"Round {meta['round']} trained -> {args.run}/adapter, {train_csv}")
 

@@ -254,6 +254,17 @@ def test_an_update_that_ends_in_nan_is_not_saved(tmp_path, rounds, monkeypatch):
     assert before == {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
 
 
+def test_a_weight_that_never_had_a_gradient(tmp_path, rounds):
+    """AdamW keeps no moments of it, which is no mishap: the next round trains."""
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    path = run / "adapter" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    del state["state"][0]
+    torch.save(state, path)
+    training.main(parsed("05_train.py", "--run", run))
+    assert sampling.read_state(run)["round"] == 2
+
+
 def test_the_code_that_a_model_brings_is_not_run(tmp_path, monkeypatch):
     model = shutil.copytree(MODEL, tmp_path / "model")
     mark = tmp_path / "ran"

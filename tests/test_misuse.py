@@ -166,6 +166,12 @@ def test_a_stage_file_that_is_something_else(sampled):
     assert "tree.pt" in refusal("04_advantage.py", "--run", sampled)
 
 
+def test_a_stage_file_with_more_than_tensors_says_why(sampled):
+    """Who changes a stage may save what torch.load refuses: the reason has to be told."""
+    torch.save({"meta": {"id": Path("mine")}, "prompts": []}, sampled / "tree.pt")
+    assert "pathlib" in refusal("04_advantage.py", "--run", sampled)
+
+
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "training.json", "optimizer.pt"])
 @pytest.mark.parametrize("cut", [True, False], ids=["cut off", "missing"])
 def test_an_adapter_that_is_not_whole(tmp_path, rounds, file, cut):

@@ -299,7 +299,9 @@ def test_every_stage_says_what_it_wrote_and_ends_in_an_example(pipeline):
         for script, name in zip(SCRIPTS, [*STAGES, "adapter", "eval.csv"]):
             if script in turn:
                 assert name in turn[script].stdout and "Traceback" not in turn[script].stderr
-    *_, base, leaf, _, last = pipeline.said[1]["06_eval.py"].stdout.splitlines()
+    evaluated = pipeline.said[1]["06_eval.py"].stdout
+    assert "tests/demo/model on 4 prompts of tests/demo/test.jsonl" in evaluated
+    *_, base, leaf, _, last = evaluated.splitlines()
     assert "base" in base and "leaf" in leaf and f"report.py --run {pipeline.run}" in last
 
 
