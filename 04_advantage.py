@@ -124,7 +124,11 @@ def spread(spans, lengths):
     return tokens
 
 def count_forks(groups, rewards):
-    """How many boundaries have a node (fork), and how many one whose rewards differ (usable)."""
+    """How many boundaries have a node (fork), and how many one whose rewards differ (usable).
+
+    >>> count_forks([[[0, 1]], [], [[0, 1], [2, 3]]], rewards=[0.5, 0.5, 0.2, 0.3])
+    (2, 1)
+    """
     fork = 0
     usable = 0
     for nodes in groups:

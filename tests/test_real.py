@@ -124,6 +124,13 @@ def test_encoded_clips_are_what_01_gives_the_language_model(parts):
 
 # What is learned.
 
+def test_the_size_of_the_embeddings_plays_no_part():
+    """Or the distances of one model would be too sharp to learn from, those of another too flat."""
+    frames, table = torch.randn(50, 8), torch.randn(5, 6)
+    small, large = (make_real.Listener(frames, scale * table)(frames) for scale in (1, 10))
+    torch.testing.assert_close(small, large)
+
+
 def test_the_projector_learns_words(parts, capsys):
     """Clips that are a random linear picture of their tokens: in the end no word is wrong."""
     model, processor = make_real.assemble(*parts)
