@@ -90,7 +90,8 @@ def test_each_prompts_tree_with_the_numbers_of_the_stages(run):
     for shown, rollout, prompt_tree, credit, scores in zip(prompts, *stages):
         boundaries, groups = tree.unpack_tree(prompt_tree)
         rows = list(tree.tree_rows(boundaries, groups, rollout["lengths"]))
-        assert shown["boundaries"] == boundaries and shown["texts"] == rollout["texts"]
+        assert shown["boundaries"] == boundaries
+        assert ["".join(tokens) for tokens in shown["tokens"]] == rollout["texts"]
         assert [(row["members"], row["start"], row["end"]) for row in shown["rows"]] == [
             (row.members, row.start, row.end) for row in rows]
         for row, data in zip(rows, shown["rows"]):
@@ -100,18 +101,18 @@ def test_each_prompts_tree_with_the_numbers_of_the_stages(run):
                 total = credit[method][row.members, row.start].sum().item()
                 assert data[method] == pytest.approx(total, abs=5.1e-4)
         for k, length in enumerate(rollout["lengths"].tolist()):
-            assert sum(shown["sizes"][k]) == len(rollout["texts"][k]) and len(shown["sizes"][k]) == length
-            nats = torch.tensor(shown["centinats"][k]) / 100
+            assert len(shown["tokens"][k]) == length
+            nats = torch.tensor(shown["surprisal"][k])
             torch.testing.assert_close(nats, scores["surprisal"][k, :length], atol=0.0051, rtol=0)
 
 
-def test_the_depth_of_a_row_is_that_of_its_parent_plus_one(run):
+def test_a_row_stands_below_that_of_its_parent(run):
     for shown in Page(report.build_page([run])).prompts:
         above = {}
         for row in shown["rows"]:
-            above[row["depth"]] = row
-            if row["depth"]:
-                assert set(row["members"]) <= set(above[row["depth"] - 1]["members"])
+            above[row["level"]] = row
+            if row["level"]:
+                assert set(row["members"]) <= set(above[row["level"] - 1]["members"])
 
 
 def test_text_is_only_text(run):
@@ -128,7 +129,8 @@ def test_text_is_only_text(run):
     write_table(hostile / "train.csv", update(1, method=HOSTILE[1]))
     found = Page(report.build_page([hostile]))
     assert "img" not in found.tags and len(found.scripts) == 2
-    assert found.prompts[0]["texts"] == HOSTILE[:len(found.prompts[0]["texts"])]
+    texts = ["".join(tokens) for tokens in found.prompts[0]["tokens"]]
+    assert texts == HOSTILE[:len(texts)]
     assert found.prompts[0]["prompt"] == HOSTILE[0]
 
 
@@ -146,7 +148,7 @@ def test_what_is_there_is_shown_and_which_stage_to_run(run, missing, script):
     assert len(prompts) == (0 if missing == "rollouts" else 3)
     if prompts:
         assert ("rows" in prompts[0]) == (missing != "tree")
-        assert ("centinats" in prompts[0]) == (missing != "surprisal")
+        assert ("surprisal" in prompts[0]) == (missing != "surprisal")
 
 
 def test_several_runs_have_a_line_per_method_and_a_band_per_seed(run, tmp_path):
@@ -158,19 +160,43 @@ def test_several_runs_have_a_line_per_method_and_a_band_per_seed(run, tmp_path):
     figure = page[page.index("mean reward"):page.index("</figure>", page.index("mean reward"))]
     assert figure.count("<polyline") == 2
     assert "leaf 0.65" in figure and "grpo 0.55" in figure  # the last mean over the runs of a method
-    low, high = [re.search(rf'class="c{n}"><polygon points="([^"]*)"', figure)[1].split() for n in (0, 1)]
-    assert len(set(low)) == 2 and len(set(high)) == 4  # grpo has one run; leaf has a band
+    grpo, leaf = [re.search(rf'class="{name}"><polygon points="([^"]*)"', figure)[1].split()
+                  for name in ("grpo", "leaf")]
+    assert len(set(grpo)) == 2 and len(set(leaf)) == 4  # grpo has one run; leaf has a band
+
+
+def figure_of(page, label):
+    return page[page.index(f"<figcaption>{label}"):].partition("</figure>")[0]
+
+
+def test_a_single_evaluation_is_a_dot(run):
+    figure = figure_of(report.build_page([run]), "BLEU, sampled")
+    assert figure.count("<circle") == 1 and "leaf 60" in figure and "base 50" in figure
+
+
+def test_only_evaluations_with_the_same_settings_are_compared(run):
+    rows = [{"round": 1, "step": 2, "method": "leaf", "bleu_sampled": bleu, "manifest": "test.jsonl",
+             "prompts": prompts, "temperature": 0.9} for prompts, bleu in ((16, 90.0), (128, 60.0))]
+    write_table(run / "eval.csv", *rows)
+    page = report.build_page([run])
+    assert "leaf 60" in figure_of(page, "BLEU, sampled") and "128 prompts of test.jsonl" in page
 
 
 def test_tables_that_someone_wrote_into(run):
-    (run / "train.csv").write_bytes(b"round,step,method,reward\n1,1,leaf,0.5\na note \xff\n1,2,leaf,nan\n,,,\n")
-    assert "leaf 0.5" in report.build_page([run])
+    (run / "train.csv").write_bytes(b"round,step,method,reward,kl\n1,1,leaf,0.5,1e+05\na note \xff\n"
+                                    b"1,2,leaf,nan,1.2.3\n,,,,\n")
+    page = report.build_page([run])
+    assert "leaf 0.5" in page and "leaf 1e+05" in page
 
 
-@pytest.mark.parametrize("hits, total, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634),
-                                                    (59, 128, 0.3769, 0.5471)])
-def test_wilson(hits, total, low, high):
-    assert report.wilson(hits, total) == pytest.approx((low, high), abs=1e-4)
+def test_rollouts_from_elsewhere_show_token_ids(run):
+    rollouts = load(run, "rollouts")
+    for rollout in rollouts["prompts"]:
+        del rollout["ends"]
+    sampling.save_file(run / "rollouts.pt", rollouts)
+    tokens = Page(report.build_page([run])).prompts[0]["tokens"][0]
+    assert "".join(tokens).split() == [str(token) for token in rollouts["prompts"][0]["responses"][0].tolist()
+                                       ][:len(tokens)]
 
 
 def test_forks(run, capsys):
@@ -219,3 +245,6 @@ def test_the_command(run, tmp_path):
     done = subprocess.run([*command, run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and str(run / "report.html") in done.stdout
     assert Path(run / "report.html").read_text(encoding="utf-8") == report.build_page([run])
+    missing = tmp_path / "mistyped"
+    done = subprocess.run([*command, missing], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and str(missing) in done.stderr and not missing.exists()
