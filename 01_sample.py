@@ -73,8 +73,13 @@ def encode(model, processor, wave, text):
     """What the model's own forward takes of wave (S,) and rendered text: a dict of tensors."""
     torch.manual_seed(0)  # VibeVoice's encoder adds noise
     if "audio" in inspect.signature(processor.__call__).parameters:
-        return processor(text=text, audio=wave.numpy(), return_tensors="pt").to(model.device)
-    # Voxtral's takes a clip in a conversation only, as a file.
+        inputs = processor(text=text, audio=wave.numpy(), return_tensors="pt")
+    else:
+        inputs = encode_conversation(processor, wave, text)
+    return inputs.to(model.device, model.dtype)  # not all families cast their features to bfloat16
+
+def encode_conversation(processor, wave, text):
+    """The same for Voxtral, whose processor takes a clip in a conversation only, as a file."""
     import mistral_common  # subtle: without it transformers takes a tokenizer that cannot do it
     file = io.BytesIO()
     soundfile.write(file, wave.numpy(), processor.feature_extractor.sampling_rate, format="WAV",
@@ -83,7 +88,7 @@ def encode(model, processor, wave, text):
     before, after = text.split(processor.audio_token)
     parts = [{"type": "text", "text": before}, clip, {"type": "text", "text": after}]
     content = [part for part in parts if part.get("text") != ""]
-    return processor.apply_chat_template([{"role": "user", "content": content}]).to(model.device)
+    return processor.apply_chat_template([{"role": "user", "content": content}])
 
 @torch.inference_mode()
 def embed_prompt(model, processor, wave, text, name="the clip"):
@@ -178,14 +183,17 @@ def scale_logits(model, logits):
 def check_own_forward(model, processor, wave, text, embeds):
     """Compares the log-probabilities of the token after a prompt by the model's own forward with
     ours, on the prompt's embeds (P, H). UserError where they differ: the language model takes more
-    than embeddings (Gemma 3n)."""
+    than embeddings (Gemma 3n) or keeps more than keys and values (Mamba)."""
+    from transformers import DynamicCache
     own = model(**encode(model, processor, wave, text)).logits[0, -1].float()
     try:
-        hidden = model.get_decoder()(inputs_embeds=embeds[None].to(model.device)).last_hidden_state
+        hidden = model.get_decoder()(inputs_embeds=embeds[None].to(model.device), use_cache=True,
+                                     past_key_values=DynamicCache()).last_hidden_state
     except Exception as error:
         if memory_is_full(error):
             raise
-        raise UserError(f"this model takes more than embeddings: {reason(error)}") from error
+        raise UserError("this model takes more than embeddings and a cache of keys and values: "
+                        f"{reason(error)}") from error
     ours = logits_of(model, hidden[0, -1]).log_softmax(dim=-1)
     if ours.isnan().any():
         raise UserError("the logits are NaN: the weights of the model or its adapter are broken")
@@ -216,6 +224,16 @@ def choose_tokens(logits, temperature, top_p):
         cdf = cdf[rejected]
     return tokens
 
+def check_window(model, embeds, max_new_tokens):
+    """UserError if a prompt of embeds, (P_i, H) each, and a response may exceed a sliding window
+    (Gemma 4): our cache and masks know none."""
+    config = model.config.get_text_config()
+    P = max(len(prompt) for prompt in embeds)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []) and (
+            P + max_new_tokens > config.sliding_window):
+        raise UserError(f"a prompt of {P} tokens and --max-new-tokens {max_new_tokens} exceed the "
+                        f"model's window of {config.sliding_window}")
+
 @torch.inference_mode()
 def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     """K sampled responses to each of N prompts: N embeds (P_i, H) -> N pairs of responses (K, T)
@@ -226,16 +244,12 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     shows each response the prompt and its own tokens. Copies of the row would give the same, but
     each step would read the prompt, mostly audio, K times."""
     from transformers import DynamicCache
+    check_window(model, embeds, max_new_tokens)
     decoder = model.get_decoder()
     device = model.device
     eos = torch.tensor(model.generation_config.eos_token_id, device=device)
     N = len(embeds)
     P = max(len(prompt) for prompt in embeds)
-    text_config = model.config.get_text_config()
-    if "sliding_attention" in (getattr(text_config, "layer_types", None) or []) and (
-            P + max_new_tokens > text_config.sliding_window):
-        raise UserError(f"a prompt of {P} tokens and --max-new-tokens {max_new_tokens} exceed the "
-                        f"model's window of {text_config.sliding_window}")
 
     # Prefill, padded on the left, where positions are negative: all prompts end in one column.
     inputs = pad_sequence(embeds, batch_first=True, padding_side="left").to(device)  # (N, P, H)
@@ -276,12 +290,15 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     return [(response[:, :length.max()].clone(), length.clone())
             for response, length in zip(responses.cpu(), lengths.cpu())]
 
-def sample_all(model, embeds, prompts_per_batch, *settings):
+def sample_all(model, embeds, prompts_per_batch, K, max_new_tokens, temperature, top_p):
     """sample_responses for any number of prompts; those of like length share a batch."""
+    check_window(model, embeds, max_new_tokens)  # of all prompts, before any is sampled
     order = sorted(range(len(embeds)), key=lambda n: len(embeds[n]))
     sampled = {}
     for batch in tqdm(chunks(order, prompts_per_batch), desc="sampling", unit="batch"):
-        sampled.update(zip(batch, sample_responses(model, [embeds[n] for n in batch], *settings)))
+        responses = sample_responses(model, [embeds[n] for n in batch], K, max_new_tokens,
+                                     temperature, top_p)
+        sampled.update(zip(batch, responses))
     return [sampled[n] for n in range(len(embeds))]
 
 def decode_responses(tokenizer, responses, lengths):
@@ -548,8 +565,8 @@ def run_stage(main, parse_args):
         with only_stage(args.run):
             main(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` for instance, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        drop_output()
     except KeyboardInterrupt:
         sys.exit("stopped: the files written before are complete")
     except (UserError, OSError) as error:
@@ -557,7 +574,12 @@ def run_stage(main, parse_args):
     except (RuntimeError, MemoryError) as error:
         if not memory_is_full(error):
             raise
-        sys.exit("memory is full: take fewer --prompts-per-batch or a smaller model")
+        sys.exit("memory is full: take fewer --prompts-per-batch, in 05 --gradient-checkpointing, "
+                 "or a smaller model")
+
+def drop_output():
+    """Prints into nothing from now on: the reader, `head` for instance, has read enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def printable(text):
     """The text without what a terminal would obey: control characters, other directions of writing.
@@ -639,7 +661,7 @@ def check_flags(args, state, names):
         given = str(getattr(args, name, trained))
         if name in state and os.path.realpath(given) != os.path.realpath(trained):
             raise UserError(f"--{name.replace('_', '-')} is {given!r}, but {state['adapter']} was "
-                            f"trained with {trained!r}: give that, or another --run")
+                            f"trained with {trained!r}: go back to that, or to another --run")
 
 def number(kind, low, high=10**9):
     """An argparse type: an int or a float from low to high."""
@@ -647,6 +669,7 @@ def number(kind, low, high=10**9):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 def stage_parser(doc, prompts_per_batch=None):

@@ -128,7 +128,9 @@ def span_text(rollout, row, width=PICTURE_WIDTH):
         text = rollout["texts"][i][ends[row.start]:ends[row.end]]
     else:  # rollouts from elsewhere: token ids stand for the text
         text = " ".join(map(str, rollout["responses"][i, row.start:row.end].tolist()))
-    text = sampling.printable(text).replace("\n", "·") or "(end)"
+    text = sampling.printable(text).replace("\n", "·")
+    if not text:  # an EOS token alone, or no token at all
+        text = "(end)" if row.start == row.end else "(no text)"
     room = max(12, width - len(row.branch) - 2)
     if len(text) > room:
         text = f"{text[:room // 2]}…{text[len(text) - (room - 1) // 2:]}"

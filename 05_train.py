@@ -24,6 +24,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import time
 from functools import partial
 from importlib import import_module
@@ -134,9 +135,6 @@ def load_optimizer(model, adapter):
 
 def save_adapter(run, model, optimizer, state):
     """Replace RUN/adapter as a whole: its weights, optimizer and state always belong together."""
-    if not all(weight.isfinite().all() for weight in optimizer.param_groups[0]["params"]):
-        raise sampling.UserError("the LoRA became NaN or infinite: this round is not saved; try a "
-                                 "lower --learning-rate")
     part = Path(run) / "adapter.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -205,7 +203,11 @@ def main(args):
         step += 1
         row = {"round": meta["round"], "step": step, "method": args.method, **statistics,
                "seconds": time.time() - began}
-        tqdm.write(LINE.format(**row))
+        try:
+            tqdm.write(LINE.format(**row))
+            sys.stdout.flush()  # a log file, too, has the line as it happens
+        except BrokenPipeError:
+            sampling.drop_output()
         values = [f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()]
         lines = lines or [",".join(row)]  # the header
         lines.append(",".join(values))

@@ -338,7 +338,8 @@ function opposed(row) {  // how far the two are apart where one pushes up and th
 function drawRow(prompt, row, most, parent) {
   const line = make("div", opposed(row) ? "row opposed" : "row", "", parent);
   const tokens = prompt.tokens[row.members[0]].slice(row.start, row.end);
-  const text = make("span", "text", tokens.join("") || "(end)", line);
+  const empty = row.start < row.end ? "(no text)" : "(end)";
+  const text = make("span", "text", tokens.join("") || empty, line);
   text.dir = "auto";
   text.style.background = tint(row.leaf, most);
   make("b", "n", row.members.length, line);

@@ -436,6 +436,14 @@ def test_a_reader_who_has_read_enough(rounds, monkeypatch):
     assert done.returncode == 0 and not done.stderr
 
 
+def test_training_goes_on_when_its_reader_has_read_enough(rounds, tmp_path):
+    run = shutil.copytree(rounds.ready, tmp_path / "run")
+    command = f"{sys.executable} 05_train.py --run {run} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "adapter" / "training.json").read_text())["round"] == 2
+
+
 def test_an_adapter_that_does_not_say_a_flag_contradicts_none(tmp_path, rounds):
     """As one of an earlier version, whose training.json knew fewer of them."""
     run = shutil.copytree(rounds.trained, tmp_path / "run")

@@ -235,6 +235,19 @@ def test_all_stages_agree_with_the_familys_own_forward(tmp_path, hearing):
         assert (old - ref).abs().max() > 0.01
 
 
+def test_it_hears_in_bfloat16(hearing, examples):
+    """As on a GPU: not every encoder casts what its processor makes of a clip."""
+    model, processor = sampling.load_model(str(hearing[1]))
+    rate = sampling.feature_extractor(processor).sampling_rate
+    wave = sampling.load_audio(examples[0]["audio"], rate)
+    text = sampling.render_prompt(processor, examples[0]["prompt"])
+    embeds = sampling.embed_prompt(model, processor, wave, text)
+    rounded = sampling.embed_prompt(model.to(torch.bfloat16), processor, wave, text)
+    assert rounded.dtype == torch.bfloat16 and rounded.isfinite().all()
+    if not hearing[0].__name__.startswith("VibeVoice"):  # its noise is another one in bfloat16
+        assert (rounded.float() - embeds).norm() < 0.1 * embeds.norm()
+
+
 # The language model alone, of families whose processors need packages beyond the six.
 
 def qwen25_omni():
@@ -323,11 +336,17 @@ def test_the_language_model_agrees_with_its_own_forward(tmp_path, build, layers)
 
 # What is refused.
 
-def test_a_window_that_prompt_and_responses_exceed(tmp_path):
+def test_a_window_that_prompt_and_responses_exceed(tmp_path, monkeypatch):
     model = loaded(gemma4(window=16), tmp_path)
     window = model.config.get_text_config().sliding_window
     with pytest.raises(sampling.UserError, match=f"window of {window}"):
         sampling.sample_responses(model, [embeds_for(model)], 2, window, 1.0, 0.9)
+    short = embeds_for(model, P=2)
+    sampled = []
+    monkeypatch.setattr(sampling, "sample_responses", lambda *given: sampled.append(given))
+    with pytest.raises(sampling.UserError, match=f"a prompt of {window} tokens"):
+        sampling.sample_all(model, [short, embeds_for(model, P=window)], 1, 2, 4, 1.0, 0.9)
+    assert not sampled
 
 
 def test_a_decoder_that_takes_more_than_embeddings(demo, examples):
@@ -360,18 +379,30 @@ def test_gemma_with_inputs_beside_the_embeddings(tmp_path):
     assert "takes more than embeddings" in sentence and not (tmp_path / "run" / "rollouts.pt").exists()
 
 
-def test_a_recurrent_decoder(tmp_path):
-    """Granite 4.0-H inside Granite Speech: siblings share a state."""
+def recurrent(folder):
+    """Granite 4.0-H inside Granite Speech."""
     text = {**TEXT, "model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"], "mamba_n_heads": 8,
             "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "num_local_experts": 0,
             "shared_intermediate_size": 96}
     encoder = {"hidden_dim": 32, "num_layers": 1, "num_heads": 4, "dim_head": 8, "context_size": 50}
     projector = {"model_type": "blip_2_qformer", "encoder_hidden_size": 32, "hidden_size": 32,
                  "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
-    model = loaded(transformers.GraniteSpeechConfig(
-        encoder_config=encoder, projector_config=projector, text_config=text, has_lora_adapter=False), tmp_path)
+    return loaded(transformers.GraniteSpeechConfig(
+        encoder_config=encoder, projector_config=projector, text_config=text, has_lora_adapter=False), folder)
+
+
+def test_siblings_share_the_state_of_a_recurrent_decoder(tmp_path):
+    model = recurrent(tmp_path)
     with pytest.raises(sampling.UserError, match="see each other"):
         scoring.check_branches(model, embeds_for(model))
+
+
+def test_a_recurrent_decoder_is_refused_at_the_first_clip(tmp_path, monkeypatch):
+    model = recurrent(tmp_path)
+    embeds = embeds_for(model)
+    monkeypatch.setattr(sampling, "encode", lambda model, *rest: {"inputs_embeds": embeds[None]})
+    with pytest.raises(sampling.UserError, match="cache of keys and values"):
+        sampling.check_own_forward(model, None, None, None, embeds)
 
 
 def test_nothing_is_written_for_a_model_that_is_refused(tmp_path, rounds, monkeypatch):

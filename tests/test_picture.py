@@ -38,7 +38,7 @@ def texts_along(lines, K):
     texts, endings = [""] * K, [0] * K
     for _, text, members in lines:
         for i in members:
-            texts[i] += "" if text.strip() == "(end)" else text.rstrip()
+            texts[i] += "" if text.strip() in ("(end)", "(no text)") else text.rstrip()
         if len(members) == 1:
             endings[members[0]] += 1
     return texts, endings
