@@ -2,19 +2,23 @@
 
 A training run is one noisy number; the gradient of one batch can be measured hundreds of times. For
 each of N prompts, S responses are sampled. One half gives the gradient that all methods estimate,
-that of the expected reward: the mean of (r - mean) grad log p(response), with respect to the LoRA.
-The other half forms groups of K. From each group each method takes the gradient that 05 would take
-at the policy that sampled, without the KL. A cosine says how well two gradients agree:
+the true one: the mean of (r - mean) grad log p(response), with respect to the LoRA. The other half
+forms groups of K. From each group each method takes the gradient that 05 would take at the policy
+that sampled, without the KL, before clipping and AdamW. A cosine says how well two gradients agree:
 
 prompt_cosine   of a group, with the true gradient of its prompt
 update_cosine   of an update, one group of each of 4 prompts, with the true gradient of all N
 round_cosine    of a round, one group of each of the N prompts, with the same
 mean_cosine     of the mean of all groups, with the same: short of 1 by the bias, and by the noise
-                in the true gradient's half
+                in both halves
 
-Their `_se` are standard errors over groups, for the mean_cosine by jackknife. A group with all
-rewards equal counts as 0. As in training, responses come from the top-p nucleus, log-probabilities
-from the full softmax. `sum` is (r - mean) with a sum over tokens where the others take a mean.
+The methods share their groups, so each is compared with GRPO in pairs: `_gap` is its cosine minus
+GRPO's, `_se` the standard error of that over groups (for the mean_cosine by jackknife). It holds
+for these prompts and this true gradient. A group with all rewards equal counts as 0.
+
+As in training, responses come from a top-p nucleus, log-probabilities from the full softmax. Only
+with --top-p 1 are the two the same policy, and the true gradient is that of its expected reward.
+`sum` is (r - mean) with a sum over tokens, as in the true gradient; the others take a mean.
 
 Run     python tests/gradients.py --num-prompts 8 --num-samples 128           demo, 2 cores: 40 s
 """
@@ -40,7 +44,7 @@ SPAN_METHODS = {"leaf": {}, "global": {"terms": "global"}, "local": {"terms": "l
 METHODS = ["grpo", *SPAN_METHODS, "sum"]
 COSINES = ["prompt_cosine", "update_cosine", "round_cosine", "mean_cosine"]
 PROMPTS_PER_UPDATE = 4
-SAMPLING = {"max_new_tokens": 200, "temperature": 1.0, "top_p": 0.9}  # as 01
+SAMPLING = {"max_new_tokens": 200, "temperature": 1.0}  # as 01
 
 
 def exact_match(rollout):
@@ -78,17 +82,19 @@ def token_advantages(method, rollout, fork_budget):
     values = advantage.grpo_advantages(rewards)
     if method == "sum":
         values = torch.tensor(rewards) - statistics.fmean(rewards)
-    return advantage.spread([[(0, *whole)] for whole in zip(lengths, values)], lengths)
+    whole = [[(0, length, value)] for length, value in zip(lengths, values)]
+    return advantage.spread(whole, lengths)
 
 
 def flat_gradient(scalar, weights):
-    """The gradient of a scalar with respect to the weights, as one vector; its graph is kept."""
+    """The gradient of a scalar with respect to the weights, as one vector on the CPU. The graph of
+    the scalar is kept."""
     gradients = torch.autograd.grad(scalar, weights, retain_graph=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
+    return torch.cat([gradient.flatten() for gradient in gradients]).cpu()
 
 
 def true_gradient(model, groups, weights):
-    """The policy gradient of a prompt's expected reward from all its responses, given in groups."""
+    """The policy gradient of a prompt from many responses, given in groups."""
     mean = statistics.fmean(reward for rollout in groups for reward in rollout["rewards"])
     total = 0
     for rollout in groups:
@@ -106,9 +112,10 @@ def method_gradients(model, rollout, weights, fork_budget):
     gradients = []
     for method in METHODS:
         advantages = token_advantages(method, {**rollout, "surprisal": -old}, fork_budget)
-        objective = -training.policy_loss(logp, old, old, advantages, mask, 0.2, kl_weight=0)
         if method == "sum":
             objective = (logp * advantages).sum(dim=1).mean()
+        else:
+            objective = -training.policy_loss(logp, old, old, advantages, mask, 0.2, kl_weight=0)
         gradients.append(flat_gradient(objective, weights))
     return torch.stack(gradients)
 
@@ -132,15 +139,20 @@ def measure(model, prompts, weights, fork_budget):
         if (n + 1) % PROMPTS_PER_UPDATE == 0:
             update_cosines.append(torch.cosine_similarity(updates, all_true, dim=-1))
             updates.zero_()
-    total = rounds.sum(dim=0)
-    without_one = torch.cosine_similarity(total - rounds, all_true, dim=-1)  # (groups, methods)
     columns = {}
     for name, cosines in zip(COSINES, (torch.cat(prompt_cosines), torch.cat(update_cosines),
                                        torch.cosine_similarity(rounds, all_true, dim=-1))):
+        gaps = cosines - cosines[:, :1]  # (groups, methods); GRPO is the first
         columns[name] = cosines.mean(dim=0)
-        columns[f"{name}_se"] = cosines.std(dim=0) / len(cosines) ** 0.5
-    columns["mean_cosine"] = torch.cosine_similarity(total, all_true, dim=-1)
-    columns["mean_cosine_se"] = without_one.std(dim=0, correction=0) * (half - 1) ** 0.5
+        columns[f"{name}_gap"] = gaps.mean(dim=0)
+        columns[f"{name}_se"] = gaps.std(dim=0) / len(gaps) ** 0.5
+    total = rounds.sum(dim=0)
+    cosines = torch.cosine_similarity(total, all_true, dim=-1)
+    without_one = torch.cosine_similarity(total - rounds, all_true, dim=-1)  # (groups, methods)
+    gaps = without_one - without_one[:, :1]
+    columns["mean_cosine"] = cosines
+    columns["mean_cosine_gap"] = cosines - cosines[0]
+    columns["mean_cosine_se"] = gaps.std(dim=0, correction=0) * (half - 1) ** 0.5
     return columns
 
 
@@ -152,6 +164,7 @@ def parse_args():
     add("--num-samples", type=sampling.number(int, 1), default=256, help="S, responses per prompt")
     add("--num-responses", type=sampling.number(int, 2), default=8, help="K, responses in a group")
     add("--fork-budget", type=sampling.number(int, 0), default=2, help="B, boundaries per prompt")
+    add("--top-p", type=sampling.number(float, 0.001, 1), default=0.9, help="of the sampling")
     add("--reward", default="bleu", choices=list(REWARDS), help="sentence BLEU, or exact match")
     add("--seed", type=sampling.number(int, 0), default=0, help="of prompts, sampling and LoRA")
     add("--out", help="a CSV file for the table")
@@ -175,6 +188,7 @@ def main(args):
     manifest = sampling.read_manifest(args.manifest)
     order = sampling.next_slice(len(manifest), 0, args.num_prompts, args.seed)
     examples, embeds = sampling.embed_examples(model, processor, [manifest[n] for n in order], args)
+    torch.manual_seed(args.seed)  # encoding audio has set another
     num_groups = args.num_samples // args.num_responses
     rollouts = sample_rollouts(model, processor.tokenizer, examples * num_groups,
                                embeds * num_groups, args.num_responses, args)
@@ -186,12 +200,18 @@ def main(args):
     # Write and show.
     reward = statistics.fmean(reward for rollout in rollouts for reward in rollout["rewards"])
     print(f"\n{args.model}, {state['adapter'] or 'no adapter'}, mean reward {reward:.3f}\n")
-    print(" " * 16 + "".join(f"{name:>18}" for name in COSINES))
+    print(" " * 16 + "".join(f"{name:>24}" for name in COSINES))
     lines = [",".join(["method", *columns])]
     for m, method in enumerate(METHODS):
         lines.append(",".join([method, *(f"{values[m]:.4f}" for values in columns.values())]))
-        cells = [f"{columns[name][m]:.3f} ± {columns[f'{name}_se'][m]:.3f}" for name in COSINES]
-        print(f"{method:16}" + "".join(f"{cell:>18}" for cell in cells))
+        line = f"{method:16}"
+        for name in COSINES:
+            cell = f"{columns[name][m]:.3f}"
+            if m > 0:
+                cell += f" ({columns[f'{name}_gap'][m]:+.3f} ± {columns[f'{name}_se'][m]:.3f})"
+            line += f"{cell:>24}"
+        print(line)
+    print("\nIn parentheses: minus GRPO, with the standard error of this difference.")
     if args.out:
         sampling.save_file(args.out, "\n".join(lines) + "\n")
 

@@ -132,8 +132,25 @@ def test_cosines_of_the_true_gradient_with_itself(rounds, policy, tmp_path):
         cosines = dict(zip(gradients.METHODS, columns[name].tolist()))
         assert cosines["sum"] == pytest.approx(1, abs=1e-4)
         assert 0 < cosines["leaf"] < 0.999 and cosines["leaf"] != cosines["global"]
+        gaps = columns[name] - columns[name][0]
+        torch.testing.assert_close(columns[f"{name}_gap"], gaps, atol=1e-5, rtol=0)
         if name != "prompt_cosine":  # there are two prompts, but the groups of each are the same
             assert (columns[f"{name}_se"] < 1e-4).all()
+
+
+def test_the_standard_error_is_that_of_the_difference(rounds, policy, tmp_path):
+    """Two rounds, so two differences to GRPO: their standard error is half of what lies between."""
+    model, weights = policy
+    first, second = credited(shutil.copytree(rounds.sampled, tmp_path / "run"))
+    columns = gradients.measure(model, [[first, second, first, second]] * 4, weights, fork_budget=2)
+    true = gradients.true_gradient(model, [first, second], weights)
+    differences = []
+    for rollout in (first, second):
+        each = gradients.method_gradients(model, rollout, weights, fork_budget=2)
+        cosines = torch.cosine_similarity(each, true, dim=-1)
+        differences.append(cosines - cosines[0])
+    one, two = differences
+    torch.testing.assert_close(columns["round_cosine_se"], (one - two).abs() / 2, atol=1e-4, rtol=1e-3)
 
 
 def test_the_command(tmp_path):
