@@ -1,29 +1,28 @@
 """How fast is sharing prefixes? The stages against the usual way, side by side in one run.
 
-sampling   usual: generate() for each prompt, its inputs repeated K times. ours: each clip encoded
-           once, each prompt prefilled once, many prompts decoded together, K responses in a row.
+sampling   usual: generate(), the inputs of a prompt repeated K times. ours: each clip encoded once,
+           each prompt prefilled once, many prompts decoded together, K responses in a row.
 scoring    usual: one padded row per response, prompt included. ours: one trie per prompt.
-training   the same two, forward and backward through the LoRA, and AdamW's steps. usual: a second copy
-           of the language model as reference lies beside. ours: the reference is the LoRA switched
-           off, and on a GPU layers are checkpointed.
+training   the same two, forward and backward through the LoRA, and AdamW's steps.
 
-Ours takes as many prompts in a pass as the stages do by default; on a GPU, 32 in sampling and 4 in
-scoring and training. Both ways take turns, a few prompts each, so that a noisy machine disturbs them
-alike; the responses scored and trained on are the same. A token is a token of a response, counted K
-times when shared. Memory is the peak of the GPU's, or of the resident process on a CPU (Linux).
+The usual way takes a prompt at a time: with its K responses that is a batch of K rows. --generate
+gives generate() more. Ours takes as many prompts in a pass as the stages do by default; on a GPU, 32
+in sampling and 4 in scoring and training, there with checkpointed layers. Both ways take turns, a
+few prompts each, so that a noisy machine disturbs them alike; the responses scored and trained on
+are the same. A token is a token of a response, counted K times when shared. On a GPU the table has
+the peak of its memory, too.
 
 --config takes a published model at full size on a GPU and shrunk on a CPU (widths, layers and
 vocabulary divided by --shrink), with random weights, which is all that time and memory depend on.
-Clips last 12.5 s and all answers 35 tokens while sampling. A random model's answers share nothing,
-so those scored and trained on are the demo's: real groups of K, of which three of five tokens are
-written twice, to be about 35 tokens long; what was shared stays shared.
+Clips last 12.5 s and all answers 35 tokens while sampling. A random model's answers share nothing.
+So those scored and trained on are the demo's, made about 35 tokens long: three of five token ids are
+written twice, the same in all K, and what was shared stays shared.
 
-Run     python tests/benchmark.py                                demo, 2 cores: a minute
+Run     python tests/benchmark.py                                demo, 2 cores: two minutes
         python tests/benchmark.py --model Qwen/Qwen2-Audio-7B-Instruct --manifest mine.jsonl
         python tests/benchmark.py --config granite-speech-3.3-2b     one GPU; CPU: --num-prompts 16
 """
 import argparse
-import copy
 import functools
 import subprocess
 import sys
@@ -51,43 +50,42 @@ ANSWER = 35  # an answer's number of tokens, with --config
 
 
 class Way:
-    """Seconds, tokens and peak memory of one way of doing a stage, added up over its turns."""
+    """Seconds, tokens and peak GPU memory of a way of doing a stage, added up over its turns."""
 
     def __init__(self):
-        self.seconds = self.tokens = self.peak = 0
+        self.seconds = 0.0
+        self.tokens = 0
+        self.peak = 0
 
-    def turn(self, work, items, beside=None):
-        """Run work(items), which returns the number of tokens it handled. What beside() makes lies
-        in memory meanwhile; making it is not timed."""
-        lies_beside = beside() if beside else None
+    def turn(self, work, items):
+        """Run work(items), which returns the number of tokens it handled."""
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         began = time.perf_counter()
         self.tokens += work(items)
         if on_gpu:
             torch.cuda.synchronize()
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         self.seconds += time.perf_counter() - began
-        status = "" if on_gpu else Path("/proc/self/status").read_text()
-        peak = torch.cuda.max_memory_allocated() if on_gpu else (
-            1024 * int(status.split("VmHWM:")[1].split()[0]))
-        self.peak = max(self.peak, peak)
-        del lies_beside
 
 
-def generate_each(model, processor, examples, args):
-    """The usual sampling: processor and generate() per prompt, everything K times."""
+def generate_usual(model, processor, examples, args):
+    """The usual sampling: processor and generate(), everything K times."""
     tokens = 0
     eos = torch.tensor(model.generation_config.eos_token_id, device=model.device)
-    extractor = getattr(processor, "feature_extractor", None) or processor.audio_processor
-    for example in examples:
-        text = sampling.render_prompt(processor, example["prompt"])
-        wave = sampling.load_audio(example["audio"], extractor.sampling_rate).numpy()
-        inputs = processor(text=[text] * args.num_responses, audio=[wave] * args.num_responses,
-                           return_tensors="pt", padding=True).to(model.device)
+    rate = sampling.feature_extractor(processor).sampling_rate
+    processor.tokenizer.padding_side = "left"
+    for batch in sampling.chunks(examples, args.generate):
+        texts = []
+        waves = []
+        for example in batch:
+            text = sampling.render_prompt(processor, example["prompt"])
+            texts += [text] * args.num_responses
+            waves += [sampling.load_audio(example["audio"], rate).numpy()] * args.num_responses
+        inputs = processor(text=texts, audio=waves, return_tensors="pt", padding=True).to(
+            model.device, model.dtype)
         out = model.generate(**inputs, do_sample=True, temperature=1.0, top_p=0.9, top_k=0,
                              max_new_tokens=args.max_new_tokens, pad_token_id=0,
                              )[:, inputs["input_ids"].shape[1]:]
@@ -114,8 +112,10 @@ def padded_logps(model, prompts):
     embed = model.get_input_embeddings()
     device = embed.weight.device
     for prompt in prompts:
-        responses, lengths = prompt["responses"].to(device), prompt["lengths"].to(device)
-        (K, T), P = responses.shape, len(prompt["embeds"])
+        responses = prompt["responses"].to(device)
+        lengths = prompt["lengths"].to(device)
+        K, T = responses.shape
+        P = len(prompt["embeds"])
         prefix = prompt["embeds"].to(device, embed.weight.dtype).expand(K, -1, -1)
         mask = torch.arange(P + T, device=device) < P + lengths[:, None]
         half = torch.bfloat16
@@ -161,7 +161,7 @@ def train_shared(model, optimizer, prompts, options):
     tries = functools.partial(trie_logps, prompts_per_batch=options.prompts_per_batch)
     tokens = train(tries, model, optimizer, prompts, options.prompts_per_batch, options.prompts_per_step)
     for layer in model.get_decoder().layers:
-        vars(layer).pop("forward", None)  # as it was, for the usual way's turn
+        vars(layer).pop("forward", None)  # no checkpoints in the usual way's turn
     return tokens
 
 
@@ -175,38 +175,44 @@ def options_of(stage, run):
     return stage.parse_args()
 
 
-def take_turns(name, usual, ours, items, per_turn=8, beside=None):
+def take_turns(name, usual, ours, items, per_turn=8):
     """Both ways on all items, per_turn at a time; prints their row of the table."""
-    ways = Way(), Way()
+    usual_way = Way()
+    our_way = Way()
     usual(items[:1])  # warm-up
     ours(items[:1])
     for some in sampling.chunks(items, per_turn):
-        ways[0].turn(usual, some, beside)
-        ways[1].turn(ours, some)
-    rates = [way.tokens / way.seconds for way in ways]
-    print(f"{name:10}{rates[0]:14.0f}{rates[1]:14.0f}{rates[1] / rates[0]:9.1f} x"
-          f"{ways[0].peak / 2**20:14.0f}{ways[1].peak / 2**20:14.0f}", flush=True)
-
-
-def seconds_of(*command):
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, cwd=ROOT)
-    return time.perf_counter() - began
+        usual_way.turn(usual, some)
+        our_way.turn(ours, some)
+    usual_rate = usual_way.tokens / usual_way.seconds
+    our_rate = our_way.tokens / our_way.seconds
+    line = f"{name:10}{usual_rate:14.0f}{our_rate:14.0f}{our_rate / usual_rate:9.1f} x"
+    if torch.cuda.is_available():
+        line += f"{usual_way.peak / 2**20:14.0f}{our_way.peak / 2**20:14.0f}"
+    print(line, flush=True)
 
 
 def sampled_prompts(args, run):
     """The prompts of a run of 01, of the model and manifest given, or of the demo."""
-    source = [] if args.config else ["--manifest", args.manifest, "--model", args.model,
-                                     "--max-new-tokens", args.max_new_tokens]
-    seconds_of("01_sample.py", "--run", run, "--num-prompts", args.num_prompts,
-               "--num-responses", args.num_responses, *source)
+    command = [sys.executable, ROOT / "01_sample.py", "--run", run, "--num-prompts",
+               args.num_prompts, "--num-responses", args.num_responses]
+    if args.config:
+        command += ["--manifest", ROOT / "tests/demo/train.jsonl", "--model", ROOT / "tests/demo/model"]
+    else:
+        command += ["--manifest", args.manifest, "--model", args.model, "--max-new-tokens",
+                    args.max_new_tokens]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     return sampling.load_stage(run, "rollouts")["prompts"]
 
 
-def written_longer(rows, V):
-    """Responses (lists of tokens) with three of five tokens written twice, the same ones in all."""
-    return [[new for token in row for new in ([token, (token + 1) % V] if token % 5 < 3 else [token])]
-            for row in rows]
+def written_longer(rows):
+    """Responses (lists of tokens), where three of five token ids are written twice."""
+    longer = []
+    for row in rows:
+        longer.append([])
+        for token in row:
+            longer[-1] += [token, token] if token % 5 < 3 else [token]
+    return longer
 
 
 def published_model(args, device, run):
@@ -228,7 +234,7 @@ def published_model(args, device, run):
         prompt["audio"] = f"{run}/{n}.wav"
         soundfile.write(prompt["audio"], torch.randn(int(SECONDS * 16000)).mul(0.1).numpy(), 16000)
         rows = [row[:length].tolist() for row, length in zip(prompt["responses"], prompt["lengths"])]
-        rows = [torch.tensor(row) for row in written_longer(rows, config.get_text_config().vocab_size)]
+        rows = [torch.tensor(row) for row in written_longer(rows)]
         prompt["responses"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         prompt["lengths"] = torch.tensor([len(row) for row in rows])
     return model, processor, prompts, f"{args.config}" + (f" / {shrink}" if shrink > 1 else "")
@@ -245,7 +251,8 @@ def describe(name, device, model, prompts, K):
           f"{len(prompts)} prompts of {positions:.0f} positions, {K} responses each, "
           f"{total / len(prompts) / K:.1f} tokens a response, {distinct / total:.0%} of them when\n"
           "shared beginnings are written once\n")
-    print(f"{'':10}{'usual tok/s':>14}{'ours tok/s':>14}{'ratio':>11}{'usual MB':>14}{'ours MB':>14}")
+    memory = f"{'usual MB':>14}{'ours MB':>14}" if device == "cuda" else ""
+    print(f"{'':10}{'usual tok/s':>14}{'ours tok/s':>14}{'ratio':>11}{memory}")
 
 
 def main():
@@ -258,6 +265,7 @@ def main():
     parser.add_argument("--num-prompts", type=int, default=64, help="prompts")
     parser.add_argument("--num-responses", type=int, default=8, help="K")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest response")
+    parser.add_argument("--generate", type=int, default=1, help="prompts in a pass of generate()")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -271,7 +279,7 @@ def main():
             prompts = sampled_prompts(args, run)
             model, processor = sampling.load_model(name, None, device)
         describe(name, device, model, prompts, args.num_responses)
-        take_turns("sampling", lambda some: generate_each(model, processor, some, args),
+        take_turns("sampling", lambda some: generate_usual(model, processor, some, args),
                    lambda some: sample_shared(model, processor, some, args), prompts,
                    per_turn=options_of(sampling, run).prompts_per_batch)
 
@@ -287,14 +295,7 @@ def main():
         optimizer = torch.optim.AdamW((w for w in model.parameters() if w.requires_grad), lr=0.0)
         take_turns("training",
                    lambda some: train(padded_logps, model, optimizer, some, 1, options.prompts_per_step),
-                   lambda some: train_shared(model, optimizer, some, options), prompts,
-                   beside=lambda: copy.deepcopy(model.get_base_model().get_decoder()))
-        if not args.config:
-            seconds_of("02_surprisal.py", "--run", run)
-            tree = seconds_of("03_tree.py", "--run", run)
-            advantage = seconds_of("04_advantage.py", "--run", run)
-            bare = seconds_of("-c", "import torch")
-            print(f"\n03_tree.py {tree:.1f} s, 04_advantage.py {advantage:.1f} s; `import torch` alone {bare:.1f} s")
+                   lambda some: train_shared(model, optimizer, some, options), prompts)
 
 
 if __name__ == "__main__":
