@@ -11,8 +11,7 @@ bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three lear
 k16     32 prompts x 16 responses, 8 seeds, all at the default learning rate
 exact   64 x 8 again, 5 seeds, at the default rate too, the reward 1 for an exact answer, else 0
 real    32 x 8, 3 seeds, at the default rate, the model of tests/demo/make_real.py, whose answers
-        hold several decisions; tested after the last round only; left out as long as that
-        model is not there
+        hold several decisions; tested after the last round only; takes --only real
 
 Run     python tests/compare.py                            2 cores: about 2 hours
         python tests/compare.py --only real --rounds 3     hours
@@ -45,7 +44,8 @@ TASKS = {"demo": {"model": "tests/demo/model", "manifest": "tests/demo/train.jso
                   "test": "tests/demo/test.jsonl", "answers": 5, "test_every_round": True},
          "real": {"model": "runs/real-model", "manifest": "tests/demo/real/train.jsonl",
                   "test": "tests/demo/real/test.jsonl", "answers": 3, "test_every_round": False}}
-T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # by n - 1
+# The 97.5% quantile of Student's t, by the number of values minus 1.
+T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
 def defaults(stage):
@@ -89,7 +89,7 @@ def train_round(model, optimizer, rollouts, method, reward, args):
         training.train_step(model, optimizer, batch, args)
 
 
-class Run:
+class Learner:
     """A model with a new LoRA, and the prompts of its task."""
 
     def __init__(self, out, N, K, reward, task, seed):
@@ -135,23 +135,25 @@ def prepare(out, threads, start):
     """What the runs of all methods begin with, in a file: test reward, rollouts of round 1."""
     torch.set_num_threads(threads)
     sys.stderr = open(os.devnull, "w")  # the bars of several runs at once
-    run = Run(out, **start)
-    sampling.save_file(start_file(out, **start), (run.test_reward(), run.sample_round(0)))
+    learner = Learner(out, **start)
+    content = (learner.test_reward(), learner.sample_round(0))
+    sampling.save_file(start_file(out, **start), content)
 
 
 def one_run(out, method, rate, rounds, **start):
     """Train a model for some rounds; {round: mean test reward}, 0 being before the first."""
-    run = Run(out, **start)
-    optimizer = training.load_optimizer(run.model, None)
+    learner = Learner(out, **start)
+    optimizer = training.load_optimizer(learner.model, None)
     optimizer.param_groups[0]["lr"] = float(rate)
     base, rollouts = torch.load(start_file(out, **start), weights_only=True)
     rewards = {0: base}
     for number in range(1, rounds + 1):
-        train_round(run.model, optimizer, rollouts, method, run.reward, run.train_args)
+        train_round(learner.model, optimizer, rollouts, method, learner.reward,
+                    learner.train_args)
         if number == rounds or TASKS[start["task"]]["test_every_round"]:
-            rewards[number] = run.test_reward()
+            rewards[number] = learner.test_reward()
         if number < rounds:
-            rollouts = run.sample_round(number)
+            rollouts = learner.sample_round(number)
     return rewards
 
 
@@ -216,16 +218,19 @@ def show(out, name, rates, seeds, rounds):
     for method in rates:
         runs = runs_of(name, {method: rates[method]}, seeds, rounds)
         rewards[method] = [read_run(out, run) for run in runs]
-    tested = list(rewards["grpo"][0])
+    baseline = rewards["grpo"]
+    tested = list(baseline[0])
     columns = "".join(f"{f'round {n}':>9}" for n in tested)
     print(f"{'method':16}{'rate':>6}  {columns}   minus GRPO, 95%, after each of these rounds")
     for method in rates:
-        means = [statistics.fmean(run[n] for run in rewards[method]) for n in tested]
-        line = f"{method:16}{rates[method][0]:>6}  " + "".join(f"{mean:9.1f}" for mean in means)
-        for n in tested[1:] if method != "grpo" else []:
-            gaps = [ours[n] - grpo[n] for ours, grpo in zip(rewards[method], rewards["grpo"])]
-            half = T95[seeds - 1] * advantage.sample_std(gaps) / seeds ** 0.5
-            line += f"   {statistics.fmean(gaps):+.1f} ± {half:.1f}"
+        line = f"{method:16}{rates[method][0]:>6}  "
+        for n in tested:
+            line += f"{statistics.fmean(seed[n] for seed in rewards[method]):9.1f}"
+        if method != "grpo":
+            for n in tested[1:]:
+                gaps = [ours[n] - grpo[n] for ours, grpo in zip(rewards[method], baseline)]
+                half = T95[seeds - 1] * advantage.sample_std(gaps) / seeds ** 0.5
+                line += f"   {statistics.fmean(gaps):+.1f} ± {half:.1f}"
         print(line)
 
 
@@ -242,8 +247,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    names = [args.only] if args.only else [
-        name for name in EXPERIMENTS if Path(TASKS[EXPERIMENTS[name]["task"]]["model"]).exists()]
+    names = [name for name in EXPERIMENTS if name != "real"]
+    if args.only:
+        names = [args.only]
     for task in {EXPERIMENTS[name]["task"] for name in names}:
         encode_task(args.out, task)
     for name in names:

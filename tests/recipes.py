@@ -48,6 +48,8 @@ def main():
     manifests = {"librisqa": librisqa, "covost2": covost2}[args.corpus](args.folder)
     for split, rows in manifests.items():
         path = args.folder / f"{split}.jsonl"
+        if not rows:
+            parser.error(f"no prompts for {path}: do the files lie where the README puts them?")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path.write_text("".join(lines), encoding="utf-8")
         print(f"{len(rows)} prompts -> {path}")

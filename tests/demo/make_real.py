@@ -1,8 +1,9 @@
 """Make a small real speech LLM of pretrained parts: Whisper-base hears, SmolLM2-135M answers.
 
 Whisper-base's encoder (20 M parameters), a linear projector, and SmolLM2-135M-Instruct become a
-model of the class of Qwen2-Audio. Only the projector and a small LoRA are trained, on announcements
-strung together as in make_demo.py, with no test sentence among them.
+model of the class of Qwen2-Audio: 183 M parameters, since its output head is a copy of the 28 M of
+its embeddings. Only the projector and a small LoRA are trained, on announcements strung together as
+in make_demo.py, with no test sentence among them.
 
 1. Listen, without the language model. The projector learns to turn what the encoder hears into the
    embeddings of the words said. CTC finds out which of them is said when. After 20 epochs over 2000
@@ -18,7 +19,8 @@ Writes  a folder that from_pretrained loads, the LoRA folded in
 
 Run     python tests/demo/make_real.py                                  a minute
         python tests/demo/make_real.py --train --sounds DIR_WITH_DEBS   2 cores: 45 minutes
-        Stopped, the training goes on where it was.
+        Stopped, it goes on: after the last 100 encoded clips, at the first epoch of
+        listening, or after the last 20 steps of answering. With other options, delete --scratch.
 """
 import argparse
 import json
@@ -99,15 +101,17 @@ def write_answer(sentence, rng=None):
     'The announcement says: incoming call from two five. It is about a new call. The caller has to \
 answer the call from two five.'
     """
-    for pattern, about, to_do in ANNOUNCEMENTS:
-        match = re.fullmatch(pattern, sentence)
-        if match:
-            break
-    parts = [(HEARD, sentence), (ABOUT, about), (TO_DO, to_do.format(match[1]))]
-    if rng is None:
-        return " ".join(phrasings[0].format(text) for phrasings, text in parts)
-    return " ".join(rng.choice(phrasings).format(rng.choice((text, in_digits(text))))
-                    for phrasings, text in parts)
+    matches = [(re.fullmatch(pattern, sentence), about, to_do)
+               for pattern, about, to_do in ANNOUNCEMENTS]
+    match, about, to_do = next(found for found in matches if found[0])
+    parts = []
+    for phrasings, text in ((HEARD, sentence), (ABOUT, about), (TO_DO, to_do.format(match[1]))):
+        phrasing = phrasings[0]
+        if rng:
+            phrasing = rng.choice(phrasings)
+            text = rng.choice((text, in_digits(text)))
+        parts.append(phrasing.format(text))
+    return " ".join(parts)
 
 
 def draw_task(clip, rng):
@@ -168,10 +172,10 @@ def encode_clips(model, processor, clips, batch_size=8):
         raise sampling.StopForward(args[0].half().cpu())
     hook = model.model.multi_modal_projector.register_forward_pre_hook(stop)
     for batch in sampling.chunks(clips, batch_size):
+        waves = [clip.pop("samples").numpy() for clip in batch]
         inputs = processor(text=["<|AUDIO|>"] * len(batch), padding=True, return_tensors="pt",
-                           audio=[clip.pop("samples").numpy() for clip in batch],
-                           sampling_rate=make_demo.RATE)
-        frames = inputs["attention_mask"].sum(dim=1)
+                           audio=waves, sampling_rate=make_demo.RATE)
+        frames = inputs["attention_mask"].sum(dim=1)  # the text is placeholders, one a frame
         try:
             model(**inputs.to(model.device))
         except sampling.StopForward as stopped:
@@ -204,22 +208,22 @@ class Listener(torch.nn.Module):
         self.mean = frames.mean(dim=0)
         self.std = frames.std(dim=0)
         self.table = table
-        self.usual = torch.pdist(table).square().mean()  # distance of two tokens, squared
+        self.mean_square_distance = torch.pdist(table).square().mean()
         self.linear = torch.nn.Linear(frames.shape[1], table.shape[1])
         torch.nn.init.zeros_(self.linear.weight)
         self.linear.bias.data = table.mean(dim=0)
-        self.sharpness = torch.nn.Parameter(torch.tensor(0.0))  # not more, or nothing is learned
+        self.log_sharpness = torch.nn.Parameter(torch.tensor(0.0))  # a higher one does not learn
 
     def project(self, states):
         return self.linear((states.float() - self.mean) / self.std)
 
     def forward(self, states):
         distance = torch.cdist(self.project(states), self.table)
-        return -self.sharpness.exp() * distance ** 2 / self.usual
+        return -self.log_sharpness.exp() * distance ** 2 / self.mean_square_distance
 
-    def fill(self, projector, frames):
+    def write_into(self, projector, frames):
         """Writes the projection into a Linear layer that takes frames as they are. What it makes of
-        `frames` gets the mean length of an embedding, which the language model is used to."""
+        `frames` gets the mean norm of an embedding, which the language model is used to."""
         scale = self.table.norm(dim=1).mean() / self.project(frames).norm(dim=1).mean()
         weight = self.linear.weight.data
         projector.weight.data = scale * weight / self.std
@@ -256,7 +260,7 @@ def learn_words(model, tokenizer, clips, test, epochs, learning_rate=2e-3, batch
             print(f"listening, epoch {epoch + 1}: loss {loss.item():.3f}, {wrong:.1f}% of the test "
                   "clips' words wrong", flush=True)
     with torch.no_grad():
-        listener.fill(model.model.multi_modal_projector.linear, frames[::100])
+        listener.write_into(model.model.multi_modal_projector.linear, frames[::100])
 
 
 @torch.no_grad()
@@ -366,7 +370,7 @@ def save_trained(model, folder):
 
 
 def fold(model, folder):
-    """The model with the projector and the LoRA of the folder, in weights of its own."""
+    """The model with the projector and the LoRA of the folder merged into its weights."""
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
@@ -375,15 +379,16 @@ def fold(model, folder):
 def write_manifests(out, split, examples, seed):
     """Two manifests over the demo's clips: of several decisions, and of the demo's questions."""
     rng = random.Random(seed)
-    for name in (split, f"{split}_questions"):
+    decisions = [(PROMPT, write_answer(example["sentence"])) for example in examples]
+    questions = []
+    for example in examples:
+        prompt = rng.choice(list(example["questions"]))
+        questions.append((prompt, example["questions"][prompt][0]))
+    clips = os.path.relpath(HERE / split, out)
+    for name, tasks in ((split, decisions), (f"{split}_questions", questions)):
         lines = []
-        for i, example in enumerate(examples):
-            prompt = PROMPT
-            reference = write_answer(example["sentence"])
-            if name != split:
-                prompt = rng.choice(list(example["questions"]))
-                reference = example["questions"][prompt][0]
-            lines.append(json.dumps({"id": f"{split}-{i:03}", "audio": f"../{split}/{i:03}.ogg",
+        for i, (prompt, reference) in enumerate(tasks):
+            lines.append(json.dumps({"id": f"{split}-{i:03}", "audio": f"{clips}/{i:03}.ogg",
                                      "prompt": prompt, "reference": reference}) + "\n")
         sampling.save_file(out / f"{name}.jsonl", "".join(lines))
 
@@ -397,9 +402,6 @@ def train(model, processor, args):
     test = make_demo.draw_split(rng, telephone, 128, frozenset())
     forbidden = {example["sentence"] for example in test}
     train_split = make_demo.draw_split(rng, telephone, 256, forbidden)
-    write_manifests(args.trained, "test", test, args.seed)
-    write_manifests(args.trained, "train", train_split, args.seed + 1)
-
     clips = draw_clips(model, processor, telephone, forbidden, args.clips, args.seed,
                        args.scratch / "clips.pt")
     projector = args.scratch / "projector.pt"
@@ -410,6 +412,8 @@ def train(model, processor, args):
     model.model.multi_modal_projector.load_state_dict(torch.load(projector))
     model = learn_answers(model, processor, clips, args, args.scratch / "answers.pt")
     save_trained(model, args.trained)
+    write_manifests(args.trained, "test", test, args.seed)
+    write_manifests(args.trained, "train", train_split, args.seed + 1)
 
 
 def parse_args():
@@ -423,7 +427,7 @@ def parse_args():
     add("--train", action="store_true", help="train the projector and the LoRA anew")
     add("--sounds", help="folder with the two Debian packages that make_demo.py names")
     add("--scratch", type=Path, default="runs/make_real", help="what is finished of a training")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the training; the demo's clips stay the same")
     add("--clips", type=int, default=2000, help="announcements to train on")
     add("--epochs", type=int, default=20, help="of listening")
     add("--steps", type=int, default=240, help="of answering")
