@@ -1,9 +1,8 @@
 """The models that the tool is for, by their published configurations, with random weights.
 
-Full size they are what benchmark.py times; shrunk, what the tests run all six stages on. Weights
-and tokenizers cannot be fetched here, so prompts are tokenized by the demo's tokenizer. Granite's
-feature extractor is torchaudio's, which is no requirement: where it is missing, MelSpectrogram
-below stands in.
+Full size they are what benchmark.py times; shrunk, what the tests run all six stages on. The tests
+run offline, so prompts are tokenized by the demo's tokenizer. Granite's feature extractor is
+torchaudio's, which is no requirement: where it is missing, MelSpectrogram below stands in.
 
 Run     python tests/families.py              parameters and memory of each, 30 s
 """
@@ -27,7 +26,8 @@ from transformers.models.granite_speech import feature_extraction_granite_speech
 from transformers.models.granite_speech.processing_granite_speech import GraniteSpeechProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-scoring, training = map(import_module, ("02_surprisal", "05_train"))
+scoring = import_module("02_surprisal")
+training = import_module("05_train")
 
 GRANITE_TEXT = dict(model_type="granite", num_hidden_layers=40, rms_norm_eps=1e-5, rope_theta=1e7,
                     embedding_multiplier=12.0, residual_multiplier=0.22)
@@ -93,19 +93,27 @@ def stand_in_for_torchaudio(patch=setattr):
         patch(features, "requires_backends", lambda *names: None)
 
 
+def shrunk(part, shrink):
+    """The settings of a part, its sizes divided by `shrink`."""
+    settings = dict(part)
+    for key in SIZES:
+        if key in part:
+            settings[key] = max(LEAST.get(key, 1), part[key] // shrink)
+    return settings
+
+
 def published_config(name, tokenizer, shrink=1):
     """The configuration of PUBLISHED[name]; widths, layers and vocabulary divided by `shrink`."""
-    text, audio, projector, tied = (
-        part and {key: max(LEAST.get(key, 1), value // shrink) if key in SIZES else value
-                  for key, value in part.items()} if isinstance(part, dict) else part
-        for part in PUBLISHED[name])
+    text, audio, projector, tied = PUBLISHED[name]
+    text = shrunk(text, shrink)
+    audio = shrunk(audio, shrink)
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
              "bos_token_id": None, "tie_word_embeddings": tied}
     settings = {"text_config": text, "tie_word_embeddings": tied,
                 "audio_token_index": tokenizer.convert_tokens_to_ids("<|AUDIO|>")}
     if projector:
-        return GraniteSpeechConfig(**settings, encoder_config=audio, projector_config=projector,
-                                   has_lora_adapter=False)
+        return GraniteSpeechConfig(**settings, encoder_config=audio, has_lora_adapter=False,
+                                   projector_config=shrunk(projector, shrink))
     return Qwen2AudioConfig(**settings, audio_config=audio)
 
 
@@ -132,7 +140,9 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+        self.now = 0
+        self.peak = 0
+        self.known = weakref.WeakSet()
 
     def count(self, tensors):
         for memory in (tensor.untyped_storage() for tensor in tensors):
@@ -153,12 +163,12 @@ class LiveMemory(TorchDispatchMode):
 
 
 def memory_of_training(config, gradient_checkpointing):
-    """Bytes that 05 takes at most on a GPU, and bytes of the LoRA with its gradient and AdamW's
-    moments. Each layer takes as much as the one before, so two and three of them tell."""
-    few = memory_of_layers(copy.deepcopy(config), 2, gradient_checkpointing)
-    more = memory_of_layers(copy.deepcopy(config), 3, gradient_checkpointing)
+    """Bytes that 05 takes at most on a GPU. Each layer takes as much as the one before, so the total
+    follows from models of two and of three layers."""
+    two = memory_of_layers(copy.deepcopy(config), 2, gradient_checkpointing)
+    three = memory_of_layers(copy.deepcopy(config), 3, gradient_checkpointing)
     others = config.get_text_config().num_hidden_layers - 2
-    return [a + others * (b - a) for a, b in zip(few, more)]
+    return two + others * (three - two)
 
 
 def memory_of_layers(config, num_layers, gradient_checkpointing, prompts_per_batch=6):
@@ -192,7 +202,7 @@ def memory_of_layers(config, num_layers, gradient_checkpointing, prompts_per_bat
             sum(logps.mean() for logps in scoring.batch_logps(model, list(embeds), tries)).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
-    return memory.peak, 16 * sum(weight.numel() for weight in weights)
+    return memory.peak
 
 
 def memory_of_cache(config, prompts=16, K=8, T=200):
@@ -203,20 +213,17 @@ def memory_of_cache(config, prompts=16, K=8, T=200):
 
 
 def print_sizes():
-    """What README says of each model, in bfloat16: all its weights (01, 06); the cache of 01 at its
-    longest; the language model and its head (02, 05); the LoRA, its gradient and AdamW's two moments,
-    in float32; 05 at its most, with gradient checkpointing and without."""
+    """The table of tests/results.md, in bfloat16: all weights of a model; the cache of 01 at its
+    longest; the peak of 05, with gradient checkpointing and without."""
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "demo" / "model")
-    heads = "parameters", "weights", "cache of 01", "in 02, 05", "LoRA", "peak of 05", "without"
-    print(f"{'':24}", *(f"{head:>12}" for head in heads))
+    print(f"{'':24}{'weights':>12}{'01, cache':>12}{'05':>12}{'without':>12}")
     for name in PUBLISHED:
         config = published_config(name, tokenizer)
         model = random_model(config, tokenizer, "meta", torch.bfloat16)
-        part = sum(weight.numel() for weight in {*model.get_decoder().parameters(),
-                                                 *model.get_output_embeddings().parameters()})
-        (peak, lora), (without, _) = (memory_of_training(config, on) for on in (True, False))
-        sizes = 2 * model.num_parameters(), memory_of_cache(config), 2 * part, lora, peak, without
-        print(f"{name:24}{model.num_parameters() / 1e9:11.1f} B", *(f"{size / 1e9:9.1f} GB" for size in sizes))
+        sizes = [2 * model.num_parameters(), memory_of_cache(config),
+                 memory_of_training(config, gradient_checkpointing=True),
+                 memory_of_training(config, gradient_checkpointing=False)]
+        print(f"{name:24}" + "".join(f"{size / 1e9:9.1f} GB" for size in sizes))
 
 
 if __name__ == "__main__":

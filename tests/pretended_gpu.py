@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-DEVICE, CPU = "pretended:0", torch.device("cpu")
+DEVICE = "pretended:0"
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 MOVES = {"to", "_to_copy", "copy_", "_copy_from"}
 INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}  # a GPU's tensor takes a CPU's index
@@ -66,7 +67,8 @@ class PretendedGpu(TorchDispatchMode):
 
 def compute(operation, args, kwargs):
     """One operation of torch, on the CPU; its result lies where a GPU's would."""
-    name, leaves = operation.overloadpacket.__name__, tree_leaves((args, kwargs))
+    name = operation.overloadpacket.__name__
+    leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     on_gpu = [isinstance(tensor, OnGpu) for tensor in tensors]
     if name == "_has_compatible_shallow_copy_type" and any(on_gpu):
@@ -77,16 +79,25 @@ def compute(operation, args, kwargs):
     if any(on_gpu) and of_cpu and name not in MOVES and not (name in INDEXES and on_gpu[0]):
         raise RuntimeError(f"{name} meets tensors of two devices, of the CPU {of_cpu[0].shape}")
     devices = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
-    goes_to_gpu = (devices[0].type == "pretended" if devices else
-                   on_gpu[0] if name == "copy_" else any(on_gpu))
+    if devices:
+        goes_to_gpu = devices[0].type == "pretended"
+    elif name == "copy_":
+        goes_to_gpu = on_gpu[0]
+    else:
+        goes_to_gpu = any(on_gpu)
+    result = operation(*tree_map(as_on_cpu, args), **tree_map(as_on_cpu, kwargs))
+    return tree_map(as_on_gpu, result) if goes_to_gpu else result
 
-    def unwrap(leaf):
-        return (leaf.data_ if isinstance(leaf, OnGpu) else CPU if isinstance(leaf, torch.device)
-                else leaf)
 
-    result = operation(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-    return tree_map(lambda leaf: OnGpu(leaf) if goes_to_gpu and isinstance(leaf, torch.Tensor)
-                    and not isinstance(leaf, OnGpu) else leaf, result)
+def as_on_cpu(leaf):
+    if isinstance(leaf, OnGpu):
+        return leaf.data_
+    return CPU if isinstance(leaf, torch.device) else leaf
+
+
+def as_on_gpu(leaf):
+    is_on_cpu = isinstance(leaf, torch.Tensor) and not isinstance(leaf, OnGpu)
+    return OnGpu(leaf) if is_on_cpu else leaf
 
 
 def empty_strided(size, stride, dtype=None, **_):
@@ -114,7 +125,8 @@ def set_up():
     backend.current_device = lambda: 0
     backend.device_count = lambda: 1
     _setup_privateuseone_for_python_backend("pretended", backend)
-    aten, every = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    aten = torch.library.Library("aten", "IMPL")
+    every = torch.library.Library("_", "IMPL")
     aten.impl("empty_strided", empty_strided, "PrivateUse1")
     aten.impl("_copy_from", copy_from, "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -133,7 +145,8 @@ def main(model, run):
                ("05_train", ["--device", DEVICE, "--gradient-checkpointing"])]
     evaluation = ("06_eval", ["--passes", 1, "--manifest", test, *asked])
     for name, options in [*a_round, *a_round, evaluation]:
-        stage, sys.argv = import_module(name), [name, "--run", run, *map(str, options)]
+        stage = import_module(name)
+        sys.argv = [name, "--run", run, *map(str, options)]
         with PretendedGpu():
             stage.main(stage.parse_args())
     del libraries
