@@ -1,4 +1,5 @@
 """The six scripts, run as a user runs them: their files, their tables, and that they repeat."""
+import contextlib
 import csv
 import json
 import re
@@ -210,6 +211,23 @@ def test_05_prints_a_line_per_update(tmp_path, rounds, capfd):
         shown = dict(zip(columns, map(float, line)))
         shown["clipped"] /= 100
         assert shown == pytest.approx({name: float(row[name]) for name in columns}, abs=0.051)
+
+
+def test_a_log_file_has_each_line_of_05_at_once(tmp_path, rounds, monkeypatch):
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    log = tmp_path / "log"
+    lines = []  # in the log, at each row of train.csv
+    save_file = sampling.save_file
+
+    def save_and_look(path, content):
+        if Path(path).name == "train.csv":
+            lines.append(log.read_text().count("step "))
+        save_file(path, content)
+
+    monkeypatch.setattr(sampling, "save_file", save_and_look)
+    with open(log, "w") as file, contextlib.redirect_stdout(file):
+        call("05_train.py", "--run", run, "--prompts-per-step", 1)
+    assert lines == [1, 2]
 
 
 def test_eval_csv(pipeline):
