@@ -242,6 +242,7 @@ def parse_args():
     add("--rounds", type=sampling.number(int, 1), default=4, help="rounds of training in a run")
     add("--seeds", type=int, choices=range(1, 11), help="instead of the experiment's own number")
     add("--only", choices=list(EXPERIMENTS), help="one experiment instead of all")
+    add("--rate", choices=LEARNING_RATES, default=LEARNING_RATES[0], help="but for bleu, which picks")
     return parser.parse_args()
 
 
@@ -254,7 +255,7 @@ def main():
         encode_task(args.out, task)
     for name in names:
         seeds = args.seeds or EXPERIMENTS[name]["seeds"]
-        rates = dict.fromkeys(REAL_METHODS if name == "real" else METHODS, LEARNING_RATES[:1])
+        rates = dict.fromkeys(REAL_METHODS if name == "real" else METHODS, [args.rate])
         if name == "bleu":
             selection = min(2, seeds)
             every_rate = dict.fromkeys(METHODS, LEARNING_RATES)
