@@ -135,6 +135,9 @@ def load_optimizer(model, adapter):
 
 def save_adapter(run, model, optimizer, state):
     """Replace RUN/adapter as a whole: its weights, optimizer and state always belong together."""
+    if not all(weight.isfinite().all() for weight in optimizer.param_groups[0]["params"]):
+        raise sampling.UserError("the LoRA became NaN or infinite: this round is not saved; try a "
+                                 "lower --learning-rate")
     part = Path(run) / "adapter.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
