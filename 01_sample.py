@@ -102,10 +102,10 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
         if embeds is not None and embeds.is_floating_point():
             raise StopForward(embeds[0].cpu())
     decoder = model.get_decoder()
-    hooks = [part.register_forward_pre_hook(stop, with_kwargs=True)
-             for part in (decoder, decoder.layers[0])]
     try:
-        model(**encode(model, processor, wave, text))
+        with (decoder.register_forward_pre_hook(stop, with_kwargs=True),
+              decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
+            model(**encode(model, processor, wave, text))
     except StopForward as stopped:
         embeds = stopped.args[0]
     except Exception as error:  # each family has its own, for a clip that is too short
@@ -114,9 +114,6 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
         raise UserError(f"the model cannot encode {name}: {reason(error)}") from error
     else:
         raise UserError("this model's layers take no embeddings: it cannot be trained here")
-    finally:
-        for hook in hooks:
-            hook.remove()
     if len(embeds) < len(processor.tokenizer(text).input_ids):  # not even one for the placeholder
         raise UserError(f"{name} is too short: the model hears nothing of it")
     return embeds
@@ -391,13 +388,12 @@ def load_audio(path, rate, max_seconds=3600):
             if seconds > max_seconds:
                 raise UserError(f"{path} lasts {seconds:.2f} s, more than {max_seconds:g} s")
             samples = sound.read(dtype="float32", always_2d=True)
-            incomplete = is_incomplete(file, sound, len(samples))
+            if is_incomplete(file, sound, len(samples)):
+                raise UserError(f"{path} is cut off, or holds more than one recording")
     except UserError:
         raise
     except Exception as error:  # soundfile raises several kinds
         raise UserError(f"{path} is missing, corrupt, or not wav, flac, ogg or mp3") from error
-    if incomplete:
-        raise UserError(f"{path} is cut off, or holds more than one recording")
     wave = torch.from_numpy(samples).mean(dim=1)  # (S,)
     if len(wave) == 0 or not wave.isfinite().all():
         raise UserError(f"{path} is empty or corrupt: no samples, or some are NaN or infinite")
