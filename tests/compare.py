@@ -14,7 +14,7 @@ real    32 x 8, 3 seeds, at the default rate, the model of tests/demo/make_real.
         hold several decisions; tested after the last round only; takes --only real
 
 Run     python tests/compare.py                            2 cores: about 2 hours
-        python tests/compare.py --only real --rounds 3     hours
+        python tests/compare.py --only real --rounds 3 --jobs 1        80 minutes or more
 A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
 so give another --out, or delete the folder, when the code has changed.
 """
