@@ -27,7 +27,7 @@ import re
 import shutil
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import soundfile
@@ -54,11 +54,9 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
         content = [{"type": kind, kind: part} for kind, part in parts if part]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = [*system, {"role": "user", "content": content}]
-    try:
+    with as_user_error("the chat template fails, try --raw-prompt"):  # it may know no system role
         rendered = processor.tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # of the template, for instance that it knows no system role
-        raise UserError(f"the chat template fails ({error}): try --raw-prompt") from error
     if audio_token not in rendered:
         raise UserError(f"the chat template leaves out {audio_token}: try --raw-prompt")
     bos = processor.tokenizer.bos_token_id
@@ -66,7 +64,7 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
         rendered = rendered.removeprefix(processor.tokenizer.bos_token)
     return rendered
 
-class StopForward(Exception):
+class StopForward(BaseException):  # no Exception: it is not an error
     """Ends a forward pass before the language model, with the embeddings that would enter it."""
 
 def encode(model, processor, wave, text):
@@ -104,14 +102,11 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
     decoder = model.get_decoder()
     try:
         with (decoder.register_forward_pre_hook(stop, with_kwargs=True),
-              decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
+              decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True),
+              as_user_error(f"the model cannot encode {name}")):  # it may be too short
             model(**encode(model, processor, wave, text))
     except StopForward as stopped:
         embeds = stopped.args[0]
-    except Exception as error:  # each family has its own, for a clip that is too short
-        if memory_is_full(error):
-            raise
-        raise UserError(f"the model cannot encode {name}: {reason(error)}") from error
     else:
         raise UserError("this model's layers take no embeddings: it cannot be trained here")
     if len(embeds) < len(processor.tokenizer(text).input_ids):  # not even one for the placeholder
@@ -183,14 +178,9 @@ def check_own_forward(model, processor, wave, text, embeds):
     than embeddings (Gemma 3n) or keeps more than keys and values (Mamba)."""
     from transformers import DynamicCache
     own = model(**encode(model, processor, wave, text)).logits[0, -1].float()
-    try:
+    with as_user_error("this model takes more than embeddings and a cache of keys and values"):
         hidden = model.get_decoder()(inputs_embeds=embeds[None].to(model.device), use_cache=True,
                                      past_key_values=DynamicCache()).last_hidden_state
-    except Exception as error:
-        if memory_is_full(error):
-            raise
-        raise UserError("this model takes more than embeddings and a cache of keys and values: "
-                        f"{reason(error)}") from error
     ours = logits_of(model, hidden[0, -1]).log_softmax(dim=-1)
     if ours.isnan().any():
         raise UserError("the logits are NaN: the weights of the model or its adapter are broken")
@@ -323,11 +313,9 @@ def read_manifest(path):
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
+        with as_user_error(f"{path} line {number}: not one JSON object a line"):
             row = dict(json.loads(line))
             json.dumps(row, ensure_ascii=False).encode()  # fails for bytes that are no characters
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} line {number}: not one JSON object a line: {error}") from error
         for key in ("audio", "prompt", "reference"):
             if not isinstance(row.get(key), str) or not row[key].strip():
                 raise UserError(f'{path} line {number} lacks "{key}", a string that is not empty')
@@ -379,21 +367,17 @@ def is_incomplete(file, sound, num_read):
 def load_audio(path, rate, max_seconds=3600):
     """A recording (wav, flac, ogg, mp3; any rate, any channels) as float32 mono (S,) at `rate` Hz.
     UserError, naming the file, if it is missing, corrupt, incomplete or longer than max_seconds."""
-    try:
-        with open(path, "rb") as file:
-            sound = soundfile.SoundFile(file)
-            if sound.format not in ("WAV", "WAVEX", "FLAC", "OGG", "MP3"):
-                raise ValueError(sound.format)
-            seconds = sound.frames / sound.samplerate  # by the header: nothing is decoded yet
-            if seconds > max_seconds:
-                raise UserError(f"{path} lasts {seconds:.2f} s, more than {max_seconds:g} s")
-            samples = sound.read(dtype="float32", always_2d=True)
-            if is_incomplete(file, sound, len(samples)):
-                raise UserError(f"{path} is cut off, or holds more than one recording")
-    except UserError:
-        raise
-    except Exception as error:  # soundfile raises several kinds
-        raise UserError(f"{path} is missing, corrupt, or not wav, flac, ogg or mp3") from error
+    with as_user_error(f"{path} is missing, corrupt, or not wav, flac, ogg or mp3"), open(
+            path, "rb") as file:
+        sound = soundfile.SoundFile(file)
+        if sound.format not in ("WAV", "WAVEX", "FLAC", "OGG", "MP3"):
+            raise ValueError(sound.format)
+        seconds = sound.frames / sound.samplerate  # by the header: nothing is decoded yet
+        if seconds > max_seconds:
+            raise UserError(f"{path} lasts {seconds:.2f} s, more than {max_seconds:g} s")
+        samples = sound.read(dtype="float32", always_2d=True)
+        if is_incomplete(file, sound, len(samples)):
+            raise UserError(f"{path} is cut off, or holds more than one recording")
     wave = torch.from_numpy(samples).mean(dim=1)  # (S,)
     if len(wave) == 0 or not wave.isfinite().all():
         raise UserError(f"{path} is empty or corrupt: no samples, or some are NaN or infinite")
@@ -417,13 +401,6 @@ def fold_adapters(model):
     vars(model).pop("peft_config", None)
     return model
 
-def reason(error):
-    """What a library says, on one line, with the packages that it misses."""
-    text = " ".join(str(error).split()).rstrip(".")
-    optional = ("torchaudio", "torchvision", "pillow", "mistral_common", "soxr")
-    missing = " ".join(package for package in optional if package in text.lower())
-    return f"{text}: pip install {missing}" if missing else text
-
 def load_model(model, adapter=None, device="cpu", audio=True):
     """A speech LLM (folder or hub name), with our LoRA (PEFT folder) on top if given: (model,
     processor), in eval mode, bfloat16 on a GPU, float32 on a CPU. Without audio, no processor, and
@@ -433,7 +410,7 @@ def load_model(model, adapter=None, device="cpu", audio=True):
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries
     no_code = {"trust_remote_code": False}  # a model's own Python code is not run, nor asked about
-    try:
+    with as_user_error(f"cannot load {adapter or model} on {device}"):
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         config = transformers.AutoConfig.from_pretrained(model, **no_code)  # fails soon without hub
         config = getattr(config, "thinker_config", config)  # Qwen-Omni's part that does not speak
@@ -455,10 +432,6 @@ def load_model(model, adapter=None, device="cpu", audio=True):
                                                 torch_device="cpu")
             saved = peft.load_peft_weights(str(adapter), device="cpu")
             missing = missing or saved.keys() ^ peft.get_peft_model_state_dict(lm).keys()
-    except Exception as error:  # each library has exceptions of its own for what it cannot read
-        if memory_is_full(error):
-            raise
-        raise UserError(f"cannot load {adapter or model} on {device}: {reason(error)}") from error
     if missing:  # they would be drawn at random, each time anew
         raise UserError(f"{adapter or model} lacks weights, or has others: {sorted(missing)[0]}")
     if audio:  # EOS may be a list, and the tokenizer may know one more: stop on any of them
@@ -545,6 +518,23 @@ def only_stage(run):
     finally:
         os.close(folder)
 
+@contextmanager
+def as_user_error(sentence):
+    """What a library raises inside becomes a UserError: the sentence, and the library's reason."""
+    try:
+        yield
+    except Exception as error:  # each library has exceptions of its own for what it cannot read
+        if isinstance(error, UserError) or memory_is_full(error):
+            raise
+        raise UserError(f"{sentence}: {reason(error)}") from error
+
+def reason(error):
+    """What a library says, on one line, with the packages that it misses."""
+    text = " ".join(str(error).split()).rstrip(".")
+    optional = ("torchaudio", "torchvision", "pillow", "mistral_common", "soxr")
+    missing = " ".join(package for package in optional if package in text.lower())
+    return f"{text}: pip install {missing}" if missing else text
+
 def memory_is_full(error):
     """Whether an exception says so: torch has a kind for the GPU, but none for the CPU."""
     is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -552,17 +542,11 @@ def memory_is_full(error):
 
 def run_stage(main, parse_args):
     """main(parse_args()), where a user's mistake ends the script with a sentence, no traceback."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the caller closed it
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):  # not every terminal can draw a tree
-        sys.stdout.reconfigure(errors="replace")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if the caller closed it
     try:
         args = parse_args()
-        with only_stage(args.run):
+        with only_stage(args.run), redirect_stdout(Output(sys.stdout or open(os.devnull, "w"))):
             main(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        drop_output()
     except KeyboardInterrupt:
         sys.exit("stopped: the files written before are complete")
     except (UserError, OSError) as error:
@@ -573,9 +557,24 @@ def run_stage(main, parse_args):
         sys.exit("memory is full: take fewer --prompts-per-batch, in 05 --gradient-checkpointing, "
                  "or a smaller model")
 
-def drop_output():
-    """Prints into nothing from now on: the reader, `head` for instance, has read enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class Output:
+    """A standard output that shows each text at once, in a log file too. It neither ends a stage
+    when its reader, `head` for instance, has read enough, nor fails for what it cannot draw."""
+
+    def __init__(self, file):
+        self.file = file
+        if hasattr(file, "reconfigure"):
+            file.reconfigure(errors="replace")
+
+    def write(self, text):
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except BrokenPipeError:  # from now on into nothing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 def printable(text):
     """The text without what a terminal would obey: control characters, other directions of writing.
@@ -615,13 +614,11 @@ def load_stage(run, name, rollouts=None):
     """Read RUN/name.pt. UserError if it is missing, corrupt, or not made from these `rollouts`."""
     path = Path(run) / f"{name}.pt"
     advice = f"run {WRITTEN_BY[name]} with --run {run}"
-    try:
+    if not path.exists():
+        raise UserError(f"{path} is missing: {advice}")
+    with as_user_error(f"{path} is incomplete or corrupt ({advice})"):
         stage = torch.load(path, weights_only=True, mmap=True)  # mmap: read where it is used
         made_from = stage["meta"]["id"]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: {advice}") from error
-    except Exception as error:  # torch raises many kinds for a corrupt file
-        raise UserError(f"{path} is incomplete or corrupt ({reason(error)}): {advice}") from error
     if rollouts and (made_from, len(stage["prompts"])) != (
             rollouts["meta"]["id"], len(rollouts["prompts"])):
         raise UserError(f"{path} was made from other rollouts than {run}/rollouts.pt: {advice}")
@@ -635,10 +632,8 @@ def read_state(run, rollouts=None):
     folder = Path(run) / "adapter"
     state = {"round": 0, "step": 0, "seen": 0, "policy_id": None, "adapter": None}
     if folder.exists():
-        try:
+        with as_user_error(f"{folder} lacks a complete training.json (delete it to start over)"):
             state |= {**json.loads((folder / "training.json").read_text()), "adapter": folder}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder} lacks a training.json: delete it to start over") from error
     if rollouts and rollouts["meta"].get("policy_id") != state["policy_id"]:
         raise UserError(f"{run}/rollouts.pt was not sampled by {folder}: run 01_sample.py first")
     return state

@@ -24,7 +24,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 import time
 from functools import partial
 from importlib import import_module
@@ -126,11 +125,8 @@ def load_optimizer(model, adapter):
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
     if adapter:
         path = adapter / "optimizer.pt"
-        try:
+        with sampling.as_user_error(f"{path} is broken (delete {adapter} to start over)"):
             optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-        except Exception as error:  # torch raises many kinds for a corrupt file
-            raise sampling.UserError(f"{path} is broken ({sampling.reason(error)}): delete "
-                                     f"{adapter} to start over") from error
     return optimizer
 
 def save_adapter(run, model, optimizer, state):
@@ -206,11 +202,7 @@ def main(args):
         step += 1
         row = {"round": meta["round"], "step": step, "method": args.method, **statistics,
                "seconds": time.time() - began}
-        try:
-            tqdm.write(LINE.format(**row))
-            sys.stdout.flush()  # a log file, too, has the line as it happens
-        except BrokenPipeError:
-            sampling.drop_output()
+        tqdm.write(LINE.format(**row))
         values = [f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()]
         lines = lines or [",".join(row)]  # the header
         lines.append(",".join(values))
