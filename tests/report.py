@@ -98,6 +98,14 @@ def audio_source(path, run, embed_audio):
     content = base64.b64encode(Path(path).read_bytes()).decode()
     return f"data:audio/{Path(path).suffix[1:]};base64,{content}"
 
+def wilson(hits, total, z=1.96):
+    """The 95% Wilson interval of a share hits / total: (low, high)."""
+    share = hits / total
+    middle = share + z * z / (2 * total)
+    reach = z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
+    scale = 1 + z * z / total
+    return (middle - reach) / scale, (middle + reach) / scale
+
 def forks_section(stages):
     """How many boundaries fork (have a node), how many are usable (rewards differ there), where."""
     places = []  # of those that fork, as a share of the mean length
@@ -124,8 +132,10 @@ def forks_section(stages):
             "<p>Where they fork, from the first token to the mean length and beyond.</p></section>")
 
 def share_line(label, hits, total):
-    """A share in words, as HTML."""
-    return f"<p><strong>{hits / total:.1%}</strong> of {total} boundaries {label}.</p>"
+    """A share in words, as HTML, with its interval as if boundaries were independent."""
+    low, high = wilson(hits, total)
+    return (f"<p><strong>{hits / total:.1%}</strong> of {total} boundaries {label} (95%: {low:.1%} "
+            f"to {high:.1%}).</p>")
 
 def read_table(path):
     """The rows of a CSV file that have a number of steps: a list of dicts of str."""
@@ -147,23 +157,14 @@ def curves_section(title, note, rows, columns):
     return (f'<section><h2>{title}</h2><p class="dim">{html.escape(note)}</p>'
             f'<div class="charts">{charts}</div></section>')
 
-def finite_number(text):
-    """The number that a text spells, or None."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
-
 def values_by_method(rows, column):
     """The numbers in a column, a list per method and step: {method: {step: values}}. The base,
     which does not learn, has the same values at the first step and the last."""
     points = {}
     for row in rows:
-        value = finite_number(row.get(column))
-        if value is not None:
+        if re.fullmatch(r"-?\d+(\.\d+)?(e[+-]\d+)?", row.get(column) or ""):
             steps = points.setdefault(row["method"], {})
-            steps.setdefault(int(row["step"]), []).append(value)
+            steps.setdefault(int(row["step"]), []).append(float(row[column]))
     if "base" in points:
         every_step = [step for steps in points.values() for step in steps]
         values = next(iter(points["base"].values()))
@@ -189,11 +190,7 @@ def chart(label, rows, column):
     every_step = [step for steps in points.values() for step in steps]
     every_value = [value for steps in points.values() for values in steps.values()
                    for value in values]
-    first = min(every_step)
-    last = max(every_step)
-    low = min(every_value)
-    high = max(every_value)
-    limits = (first, last, low, high)
+    limits = (min(every_step), max(every_step), min(every_value), max(every_value))
     shapes = ""
     names = ""
     for method in sorted(points):
@@ -205,12 +202,10 @@ def chart(label, rows, column):
         bottom = coordinates(steps, map(min, runs), limits)
         line = coordinates(steps, means, limits)
         shapes += (f'<g class="{color}"><polygon points="{" ".join(top + bottom[::-1])}"/>'
-                   f'<polyline points="{" ".join(line)}"/>')
-        if len(line) == 1:  # a line of one point would not be seen
-            x, y = line[0].split(",")
-            shapes += f'<circle cx="{x}" cy="{y}" r="4"/>'
-        shapes += "</g>"
+                   f'<polyline points="{" ".join(line)}"/>'
+                   f'<circle r="3" transform="translate({line[-1]})"/></g>')
         names += f'<span class="{color}">{html.escape(method)} {means[-1]:.4g}</span>'
+    first, last, low, high = limits
     return (f'<figure><figcaption>{label}</figcaption><svg viewBox="0 0 300 120" role="img" '
             f'aria-label="{label}">{shapes}</svg><p><span>{low:.3g} to {high:.3g}</span>'
             f'<span>update {first} to {last}</span></p><p class="names">{names}</p></figure>')
@@ -354,7 +349,9 @@ function drawRow(prompt, row, most, parent) {
   if (row.leaf !== undefined)
     facts.push(`sums over them: credit ${row.credit}, LEAF ${row.leaf}, GRPO ${row.grpo}`);
   line.tabIndex = 0;
-  line.onfocus = line.onmouseenter = () => { get("detail").textContent = facts.join("; "); };
+  line.onclick = line.onfocus = line.onmouseenter = () => {
+    get("detail").textContent = facts.join("; ");
+  };
 }
 function drawTree(prompt) {
   const advantages = prompt.rows.flatMap(row => [row.leaf || 0, row.grpo || 0]);

@@ -169,9 +169,16 @@ def figure_of(page, label):
     return page[page.index(f"<figcaption>{label}"):].partition("</figure>")[0]
 
 
+@pytest.mark.parametrize("hits, total, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634),
+                                                    (59, 128, 0.3769, 0.5471)])
+def test_wilson(hits, total, low, high):
+    assert report.wilson(hits, total) == pytest.approx((low, high), abs=1e-4)
+
+
 def test_a_single_evaluation_is_a_dot(run):
     figure = figure_of(report.build_page([run]), "BLEU, sampled")
-    assert figure.count("<circle") == 1 and "leaf 60" in figure and "base 50" in figure
+    assert "leaf 60" in figure and "base 50" in figure
+    assert re.search(r'<g class="leaf">.*?<circle r="3" transform="translate\(294.0,10.0\)"/></g>', figure)
 
 
 def test_only_evaluations_with_the_same_settings_are_compared(run):
