@@ -12,9 +12,10 @@ round_cosine    of a round, one group of each of the N prompts, with the same
 mean_cosine     of the mean of all groups, with the same: short of 1 by the bias, and by the noise
                 in both halves
 
-The methods share their groups, so each is compared with GRPO in pairs: `_gap` is its cosine minus
-GRPO's, `_se` the standard error of that over groups (for the mean_cosine by jackknife). It holds
-for these prompts and this true gradient. A group with all rewards equal counts as 0.
+`_se` is a standard error over groups, for the mean_cosine by jackknife. The methods share their
+groups, so a difference is known better than two cosines: `_gap` is a method's cosine minus GRPO's,
+`_gap_se` its standard error. All hold for these prompts and this true gradient. A group with all
+rewards equal counts as 0.
 
 As in training, responses come from a top-p nucleus, log-probabilities from the full softmax. Only
 with --top-p 1 are the two the same policy, and the true gradient is that of its expected reward.
@@ -144,15 +145,16 @@ def measure(model, prompts, weights, fork_budget):
                                        torch.cosine_similarity(rounds, all_true, dim=-1))):
         gaps = cosines - cosines[:, :1]  # (groups, methods); GRPO is the first
         columns[name] = cosines.mean(dim=0)
-        columns[f"{name}_gap"] = gaps.mean(dim=0)
-        columns[f"{name}_se"] = gaps.std(dim=0) / len(gaps) ** 0.5
+        columns[f"{name}_se"] = cosines.std(dim=0) / len(cosines) ** 0.5
+        columns[f"{name}_gap_se"] = gaps.std(dim=0) / len(gaps) ** 0.5
     total = rounds.sum(dim=0)
-    cosines = torch.cosine_similarity(total, all_true, dim=-1)
     without_one = torch.cosine_similarity(total - rounds, all_true, dim=-1)  # (groups, methods)
     gaps = without_one - without_one[:, :1]
-    columns["mean_cosine"] = cosines
-    columns["mean_cosine_gap"] = cosines - cosines[0]
-    columns["mean_cosine_se"] = gaps.std(dim=0, correction=0) * (half - 1) ** 0.5
+    columns["mean_cosine"] = torch.cosine_similarity(total, all_true, dim=-1)
+    columns["mean_cosine_se"] = without_one.std(dim=0, correction=0) * (half - 1) ** 0.5
+    columns["mean_cosine_gap_se"] = gaps.std(dim=0, correction=0) * (half - 1) ** 0.5
+    for name in COSINES:
+        columns[f"{name}_gap"] = columns[name] - columns[name][0]
     return columns
 
 
@@ -208,7 +210,7 @@ def main(args):
         for name in COSINES:
             cell = f"{columns[name][m]:.3f}"
             if m > 0:
-                cell += f" ({columns[f'{name}_gap'][m]:+.3f} ± {columns[f'{name}_se'][m]:.3f})"
+                cell += f" ({columns[f'{name}_gap'][m]:+.3f} ± {columns[f'{name}_gap_se'][m]:.3f})"
             line += f"{cell:>24}"
         print(line)
     print("\nIn parentheses: minus GRPO, with the standard error of this difference.")

@@ -135,7 +135,7 @@ def test_cosines_of_the_true_gradient_with_itself(rounds, policy, tmp_path):
         gaps = columns[name] - columns[name][0]
         torch.testing.assert_close(columns[f"{name}_gap"], gaps, atol=1e-5, rtol=0)
         if name != "prompt_cosine":  # there are two prompts, but the groups of each are the same
-            assert (columns[f"{name}_se"] < 1e-4).all()
+            assert (columns[f"{name}_se"] < 1e-4).all() and (columns[f"{name}_gap_se"] < 1e-4).all()
 
 
 def test_the_standard_error_is_that_of_the_difference(rounds, policy, tmp_path):
@@ -150,7 +150,7 @@ def test_the_standard_error_is_that_of_the_difference(rounds, policy, tmp_path):
         cosines = torch.cosine_similarity(each, true, dim=-1)
         differences.append(cosines - cosines[0])
     one, two = differences
-    torch.testing.assert_close(columns["round_cosine_se"], (one - two).abs() / 2, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(columns["round_cosine_gap_se"], (one - two).abs() / 2, atol=1e-4, rtol=1e-3)
 
 
 def test_the_command(tmp_path):
