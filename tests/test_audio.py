@@ -97,6 +97,7 @@ def refused(path, *words, **settings):
         sampling.load_audio(path, RATE, **settings)
     sentence = str(error.value)
     assert "\n" not in sentence and all(word in sentence for word in (str(path), *words)), sentence
+    return sentence
 
 
 def test_a_missing_recording(tmp_path):
@@ -125,5 +126,5 @@ def test_samples_that_are_not_numbers(tmp_path):
 
 def test_a_recording_longer_than_the_model_hears(tmp_path):
     path = written(tmp_path / "long.wav", torch.zeros(9 * 8000), 8000)
-    refused(path, "9.00 s", "more than 8 s", max_seconds=8)
+    assert "corrupt" not in refused(path, "9.00 s", "more than 8 s", max_seconds=8)
     assert len(sampling.load_audio(path, RATE, max_seconds=9)) == 9 * RATE

@@ -83,6 +83,14 @@ def test_the_first_tree_as_it_is_printed():
         "└─ Es gibt zwei Nachrichten."]
 
 
+def test_an_eos_without_text_is_not_the_end():
+    """Of two answers that begin alike, one ends there; of two identical ones, no token is left."""
+    lines = drawn(handmade_prompt([[5, 6, 2], [5, 6, 7, 2]]), [2])
+    assert [text.strip() for _, text, _ in lines] == ["Sie haben", "(no text)", "zwei"]
+    lines = drawn(handmade_prompt([[12, 2], [12, 2]]), [2])
+    assert [text.strip() for _, text, _ in lines] == ["Es", "(end)", "(end)"]
+
+
 @pytest.mark.parametrize("rows", [NESTED, IDENTICAL, EQUAL_REWARDS, [[12, 2]], [[2], [2], [5, 6, 2]]])
 @pytest.mark.parametrize("boundaries", [[], [1], [2, 4], [1, 3, 6]])
 def test_every_response_is_drawn_once_and_whole(rows, boundaries):
