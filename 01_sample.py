@@ -585,6 +585,11 @@ def chunks(items, size):
     """A list in pieces of `size`; the last one may be shorter."""
     return [items[i:i + size] for i in range(0, len(items), size)]
 
+def read_lines(path):
+    """The lines of a text file, none if it does not exist; bytes that are not UTF-8 become �."""
+    path = Path(path)
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
 def save_file(path, content):
     """Write a text (str), or anything else by torch.save, beside `path`, then rename it: a kill or
     a full disk leaves the old file whole. subtle: torch.save to a path aborts on a full disk."""

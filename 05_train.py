@@ -3,7 +3,7 @@
 One epoch of policy gradient over the rollouts of the round. The loss is GRPO's clipped surrogate
 with a KL term. LEAF changes only the advantage of each token: `--method grpo` trains on the same
 files with the other advantages. Only a LoRA on the language model learns. The reference of the KL
-is the model without it, scored in 02. As there, a prompt is one row, its trie.
+is the model without it, scored in 02. As in 02, a prompt is one row, its trie.
 
 An update follows the gradient of a few prompts. Its line, printed and added to train.csv, says:
 reward, the mean; alike, the share of prompts with all rewards equal, and so no advantage; kl, from
@@ -18,7 +18,7 @@ Run     python 05_train.py                                       demo, 2 cores: 
 Differs from the paper: it samples 6 prompts and takes one update, so the policy that learns is the
 one that sampled, and every ratio is 1. Here N prompts make N / 4 updates: the policy moves away
 from the one that sampled, and the clip has work to do. LoRA and learning rate suit the demo. The
-rate is constant unless --total-steps is given; then 5% warm-up and a cosine to 10%, as there.
+rate is constant unless --total-steps is given; then it has the paper's warm-up and cosine.
 """
 import argparse
 import json
@@ -40,8 +40,9 @@ LINE = ("step {step} | reward {reward:.2f} | alike {alike:.2f} | kl {kl:.4f} | c
         "{clipped:.1%} | length {length:.1f} | grad {grad_norm:.2f} | {seconds:.1f} s")
 
 def reference_kl(logp, logp_ref):
-    """k3: an estimate, never negative, of KL(policy | reference) per token, in nats."""
-    return torch.exp(logp_ref - logp) - (logp_ref - logp) - 1
+    """An estimate of KL(policy | reference) per token, in nats: Schulman's k3, never negative."""
+    log_ratio = logp_ref - logp
+    return torch.exp(log_ratio) - log_ratio - 1
 
 def policy_loss(logp, logp_old, logp_ref, advantages, mask, clip_eps, kl_weight):
     """Step 7: clipped surrogate plus KL; mean over a response's tokens, then over responses.
@@ -49,6 +50,8 @@ def policy_loss(logp, logp_old, logp_ref, advantages, mask, clip_eps, kl_weight)
     included -> a scalar to minimise."""
     ratio = torch.exp(logp - logp_old)
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    # The minimum ends the gradient only where the ratio has left 1 ± eps in the direction in which
+    # the advantage pushes: above where it is positive, below where it is negative.
     surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     loss = (kl_weight * reference_kl(logp, logp_ref) - surrogate) * mask
     return (loss.sum(dim=1) / mask.sum(dim=1)).mean()
@@ -64,9 +67,10 @@ def learning_rate(step, total_steps, peak):
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 def add_lora(model, rank, alpha, dropout):
-    """The model with a new LoRA on the language model's linear layers; it changes nothing yet."""
+    """The model with a new LoRA on the language model's linear layers. It changes nothing yet: B,
+    one of its two matrices, begins at 0."""
     from peft import LoraConfig, get_peft_model
-    inside = set(model.get_decoder().layers.modules())
+    inside = set(model.get_decoder().layers.modules())  # an audio encoder has a q_proj, too
     linear = [name for name, module in model.named_modules()
               if isinstance(module, torch.nn.Linear) and module in inside]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
@@ -76,15 +80,15 @@ def ready_to_train(model, gradient_checkpointing):
     """The model with dropout on in our LoRA alone. With gradient checkpointing a layer keeps its
     input and recomputes the rest in the backward pass: less memory, the same gradient."""
     for name, module in model.named_modules():
-        if name.endswith("lora_dropout.default"):
+        if name.endswith("lora_dropout.default"):  # PEFT calls our adapter "default"
             module.train()
-    if gradient_checkpointing:
+    if gradient_checkpointing:  # that of transformers needs train mode, with every dropout on
         for layer in model.get_decoder().layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
 def load_policy(meta, adapter, args):
-    """The model with the LoRA to train: the run's adapter or, in the first round, a new one."""
+    """The model with the LoRA to train: the run's adapter, as it is, or a new one by the flags."""
     model, _ = sampling.load_model(meta["model"], adapter, args.device, audio=False)
     if not adapter:
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
@@ -98,14 +102,15 @@ def train_step(model, optimizer, rollouts, args):
         losses = []
         for logp, rollout in zip(scoring.score_responses(model, batch), batch):
             mask = scoring.response_mask(rollout)
-            losses.append(policy_loss(logp, rollout["logp_old"], rollout["logp_ref"],
-                                      rollout[args.method],  # leaf or grpo, (K, T)
+            advantages = rollout[args.method]  # (K, T), "leaf" or "grpo"
+            losses.append(policy_loss(logp, rollout["logp_old"], rollout["logp_ref"], advantages,
                                       mask, args.clip_eps, args.kl_weight))
             kl.append(reference_kl(logp, rollout["logp_ref"]).detach()[mask])
             ratios.append(torch.exp(logp - rollout["logp_old"]).detach()[mask])
-        (sum(losses) / len(rollouts)).backward()
+        (sum(losses) / len(rollouts)).backward()  # the batches add up to the mean over prompts
     weights = optimizer.param_groups[0]["params"]
-    grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item()
+    max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(weights, max_norm).item()
     if not math.isfinite(grad_norm):
         raise sampling.UserError(f"the gradient has the norm {grad_norm}: this round is not saved; "
                                  "try a lower --learning-rate")
@@ -113,10 +118,10 @@ def train_step(model, optimizer, rollouts, args):
     optimizer.zero_grad()
     rewards = torch.stack([rollout["rewards"] for rollout in rollouts])  # (prompts, K)
     lengths = torch.stack([rollout["lengths"] for rollout in rollouts])
-    clipped = (torch.cat(ratios) - 1).abs() > args.clip_eps
+    outside = (torch.cat(ratios) - 1).abs() > args.clip_eps
     alike = (rewards == rewards[:, :1]).all(dim=1)
     return {"reward": rewards.mean().item(), "alike": alike.float().mean().item(),
-            "kl": torch.cat(kl).mean().item(), "clipped": clipped.float().mean().item(),
+            "kl": torch.cat(kl).mean().item(), "clipped": outside.float().mean().item(),
             "length": lengths.float().mean().item(), "grad_norm": grad_norm}
 
 def load_optimizer(model, adapter):
@@ -140,18 +145,20 @@ def save_adapter(run, model, optimizer, state):
         model.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # an empty model card
         sampling.save_file(part / "optimizer.pt", optimizer.state_dict())
-        sampling.save_file(part / "training.json", json.dumps(state, indent=1))
+        sampling.save_file(part / "training.json", json.dumps(state, indent=1))  # last: complete
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
         raise sampling.UserError(f"cannot write {run}/adapter: {error}") from error
     sampling.replace_adapter(run)
 
 def earlier_lines(path, this_round):
-    """The lines of train.csv, but for the rows of this round or later, of a stopped training."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    rounds = [line.split(",")[0] for line in lines]
-    return [line for line, number in zip(lines, rounds)
-            if not number.isdecimal() or int(number) < this_round]
+    """The lines of train.csv without the rows that a stopped training of this round has left."""
+    kept = []
+    for line in sampling.read_lines(path):
+        number = line.split(",")[0]
+        if not number.isdecimal() or int(number) < this_round:  # the header has no number
+            kept.append(line)
+    return kept
 
 def parse_args():
     parser = sampling.stage_parser(__doc__, prompts_per_batch=2)
@@ -195,24 +202,27 @@ def main(args):
     # Train.
     step = state["step"]
     updates = sampling.chunks(rollouts, args.prompts_per_step)
-    for few in tqdm(updates, desc=f"training, {args.method}", unit="update"):
+    for update in tqdm(updates, desc=f"training, {args.method}", unit="update"):
         began = time.time()
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.total_steps, args.learning_rate)
-        statistics = train_step(model, optimizer, few, args)
+        statistics = train_step(model, optimizer, update, args)
         step += 1
         row = {"round": meta["round"], "step": step, "method": args.method, **statistics,
                "seconds": time.time() - began}
         tqdm.write(LINE.format(**row))
         values = [f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()]
-        lines = lines or [",".join(row)]  # the header
+        if not lines:
+            lines.append(",".join(row.keys()))
         lines.append(",".join(values))
         sampling.save_file(train_csv, "\n".join(lines) + "\n")
 
-    # Write.
-    state = {**vars(settings), "policy_id": meta["id"], "step": step}
-    for name in ("run", "device", "lora_rank", "lora_alpha", "lora_dropout"):
-        del state[name]  # adapter_config.json has those of the LoRA
-    save_adapter(args.run, model, optimizer, state)
+    # Write. The settings bring along the round and the number of prompts seen, from 01.
+    trained = {**vars(settings), "policy_id": meta["id"], "step": step}
+    for name in ("run", "device"):  # they may differ from round to round
+        del trained[name]
+    for name in ("lora_rank", "lora_alpha", "lora_dropout"):  # PEFT has them in its own file
+        del trained[name]
+    save_adapter(args.run, model, optimizer, trained)
     print(f"Round {meta['round']} trained -> {args.run}/adapter, {train_csv}")
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """06: did it help?
 
-The test prompts are answered by the untouched model (base) and with the trained adapter, sampled
-and greedy, and scored by corpus BLEU, case-insensitive as in the paper. Sampled BLEU judges the
-policy itself; greedy BLEU what a user gets who always takes the most probable token. An exact match
-has the words of the reference, case and stops included.
+Two models answer the test prompts: the untouched one (base) and the one with the trained adapter.
+Each answers a few times by sampling, which shows the policy itself, and once greedily, always with
+the most probable token, as a user might have it. Scored by corpus BLEU, case-insensitive as in the
+paper, and by exact match: the words of the reference, with case and punctuation.
 
 Reads   a test manifest, the model, RUN/adapter if there; the model and prompt options of the run
-        from RUN/adapter/training.json or, before the first training, RUN/rollouts.pt
+        from RUN/adapter/training.json or, before the first training, RUN/rollouts.pt. The manifest
+        is not taken from there: it is the demo's unless --manifest is given
 Writes  RUN/eval.csv, a row per model: round, step, method, BLEU and exact match (of the greedy
         answers) in 0..100, and what they are of: manifest, prompts, temperature;
         RUN/predictions.jsonl: id, prompt, reference, prediction (greedy), for any other scorer
@@ -40,8 +41,10 @@ def answer(model, processor, embeds, args, K, temperature):
             for responses, lengths in sampled]
 
 def scores(sampled, greedy, references):
-    """The scores in eval.csv of sampled answers (N lists of a text per pass) and N greedy ones."""
-    bleus = [corpus_bleu(texts, references, lowercase=True) for texts in zip(*sampled)]
+    """What eval.csv says, as text, of sampled answers (N lists of one per pass) and N greedy ones.
+    In an exact match white space does not count."""
+    passes = zip(*sampled)  # a pass has one answer to each prompt
+    bleus = [corpus_bleu(answers, references, lowercase=True) for answers in passes]
     exact = [text.split() == reference.split() for text, reference in zip(greedy, references)]
     return {"bleu_sampled": f"{statistics.fmean(bleus):.2f}",
             "bleu_sampled_std": f"{advantage.sample_std(bleus):.2f}",
@@ -72,7 +75,8 @@ def parse_args():
     own = argparse.SUPPRESS  # no default here: main takes the run's own
     add("--model", default=own, help="folder or hub name (default: the run's, else the demo's)")
     add("--system-prompt", default=own, help="as in 01 (default: the run's)")
-    add("--raw-prompt", default=own, action=argparse.BooleanOptionalAction, help="as in 01, too")
+    add("--raw-prompt", default=own, action=argparse.BooleanOptionalAction,
+        help="leave the chat template out, as in 01 (default: as in the run)")
     return parser.parse_args()
 
 def main(args):
@@ -81,35 +85,33 @@ def main(args):
     sampling.check_flags(args, state, ["model"])
     args = argparse.Namespace(**{**run_settings(args.run, state), **vars(args)})
     examples = sampling.read_manifest(args.manifest)[:args.num_prompts]
-    quoted_manifest = '"' + args.manifest.replace('"', '""') + '"'
     eval_csv = Path(args.run) / "eval.csv"
-    lines = []
-    if eval_csv.exists():
-        lines = eval_csv.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = sampling.read_lines(eval_csv)  # before the work, in case it cannot be read
     model, processor = sampling.load_model(args.model, state["adapter"], args.device)
 
     # Answer, with the base and with the adapter, from the same embeddings: the encoder is frozen.
     examples, embeds = sampling.embed_examples(model, processor, examples, args)
     references = [example["reference"] for example in examples]
-    base = {"round": 0, "step": 0, "method": "base"}
-    policies = [(base, nullcontext)]
+    without_adapter = model.disable_adapter if state["adapter"] else nullcontext
+    policies = [({"round": 0, "step": 0, "method": "base"}, without_adapter)]
     if state["adapter"]:
         trained = {"round": state["round"], "step": state["step"], "method": state["method"]}
-        policies = [(base, model.disable_adapter), (trained, nullcontext)]
+        policies.append((trained, nullcontext))
+    quoted_manifest = '"' + args.manifest.replace('"', '""') + '"'  # its name may have a comma
     rows = []
     for policy, adapter_context in policies:
-        torch.manual_seed(1000 * args.seed)  # the same for both
+        torch.manual_seed(1000 * args.seed)  # the same draws for both
         with adapter_context():
             sampled = answer(model, processor, embeds, args, args.passes, args.temperature)
-            answers = answer(model, processor, embeds, args, K=1, temperature=0)
-            greedy = [texts[0] for texts in answers]  # those of the last policy are written
+            greedy_answers = answer(model, processor, embeds, args, K=1, temperature=0)
+        greedy = [texts[0] for texts in greedy_answers]
         rows.append({**policy, **scores(sampled, greedy, references), "manifest": quoted_manifest,
                      "prompts": len(examples), "temperature": args.temperature})
 
-    # Write.
+    # Write. The predictions are those of the last policy: the trained one, if there is an adapter.
     for cells in [rows[0].keys(), *[row.values() for row in rows]]:
         line = ",".join(map(str, cells))
-        if line not in lines:  # a header, or the same row again
+        if line not in lines:  # the header is there, or the same evaluation
             lines.append(line)
     sampling.save_file(eval_csv, "\n".join(lines) + "\n")
     predictions = ""
@@ -125,10 +127,11 @@ def main(args):
     for example, text in list(zip(examples, greedy))[:3]:
         print(sampling.printable(f"  {example['prompt']}\n    reference   {example['reference']}\n"
                                  f"    prediction  {text}"))
-    shown = list(rows[0])[:7]  # up to exact_match
+    shown = [name for name in rows[0] if name not in ("manifest", "prompts", "temperature")]
+    widths = [max(9, len(name) + 2) for name in shown]
     print()
-    for row in [dict(zip(shown, shown)), *rows]:  # the first is the header
-        print("".join(f"{row[name]:>{max(9, len(name) + 2)}}" for name in shown))
+    for cells in [shown, *[[row[name] for name in shown] for row in rows]]:
+        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
     print(f"\nTo look at the run: python tests/report.py --run {args.run}")
 
 if __name__ == "__main__":
