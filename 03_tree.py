@@ -1,46 +1,52 @@
 """03: where did the K responses part ways?
 
 LEAF (Low-rank Exploration with Adaptive Forking) is GRPO that credits parts of a response, its
-spans, instead of all its tokens alike. Low-rank is the LoRA that is trained (05). The forks are
-found in K responses that were sampled independently: nothing branched while sampling. This file
-cuts the K responses to a prompt into spans; 04 credits them.
+spans, instead of all its tokens alike. Low-rank: it trains a LoRA (05). Forking: responses part
+where the model was surprised. They were sampled independently; nothing branched while sampling.
+This file cuts the K responses to a prompt into spans; 04 credits them.
 
-A model that is surprised by its own token had others to choose from: it decided there. Surprisal
-is -log of the token's probability, in nats (02). LEAF puts a fork boundary before each of the most
-surprising tokens, some distance apart. A boundary is a number of tokens, b: it lies after the first
-b tokens.
+Surprisal is -log of the probability of a sampled token, in nats (02). Where it is high, the model
+had given most of its probability to other tokens: LEAF takes this for a decision. It puts a
+boundary before each of the most surprising tokens, some distance apart. A boundary is a number of
+tokens, b: it lies after the first b tokens.
 
-A boundary comes from one response that was surprised there, but all K are compared at it. Those
-with the same first b tokens have made the same choices so far. Two or more of them form a node, and
-each member is cut at b, surprised or not: the worth of these choices is the mean reward of all who
-made them (04). Where another prefix led to b, nobody may be surprised, and the cut may fall inside
-a word. A response that shares its first b tokens with no other is not cut at b, even if its own
-surprise put the boundary there. Responses that are together at b are together at each earlier
-boundary. So nodes lie inside nodes: a tree. A span is what a response has before its first cut,
-between two cuts, or after the last.
+A prompt has one list of boundaries. Each comes from one response that was surprised there, but all
+K are compared at it. Those with the same first b tokens have made the same choices so far. Two or
+more of them form a node. All members of a node are cut at b, surprised or not, because their common
+choices are worth the mean reward of all who made them (04). There may be several nodes at b, with
+different beginnings. In some of them perhaps nobody was surprised; they are cut there all the same,
+even inside a word. A response that shares its first b tokens with no other is not cut at b, even if
+its own surprise put the boundary there.
 
-Sizes   K responses, T tokens in the longest, B fork budget, J nodes of the tree (of two or more
-        responses; the root, all K at b = 0, is not stored)
-Reads   RUN/rollouts.pt (responses, lengths; texts and ends for the picture), RUN/surprisal.pt
+Responses that are together at b are together at each earlier boundary. So nodes lie inside nodes: a
+tree. And a response is cut at the first few boundaries, as long as it has company, and at none of
+the later ones. A span is what it has before its first cut, between two cuts, or after the last: the
+tail. A response without a cut is all tail.
+
+Sizes   K responses, T tokens in the longest (EOS included), B fork budget: at most so many
+        boundaries, J nodes (of two or more; the root, all K at b = 0, is not stored)
+Reads   RUN/surprisal.pt; RUN/rollouts.pt: responses, lengths and, for the picture, texts and ends
+        (where in its text each token ends)
 Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending; nodes: boundary (J,) int64,
         members (J, K) bool, True for the responses in a node
 Run     python 03_tree.py                                        demo: about 1 s
-        python 03_tree.py --fork-budget 4 --show 7               more boundaries, another picture
-Differs from the paper (arXiv 2606.07610): nothing. Steps are numbered as in the README.
+        python 03_tree.py --fork-budget 4 --show 7               more boundaries, prompt 7 drawn
+Differs from the paper (arXiv 2606.07610): nothing. Its steps 2 and 3, in the README's numbering.
 """
 from collections import namedtuple
 from importlib import import_module
 
 import torch
 
-sampling = import_module("01_sample")  # for reading and writing files, and errors
+sampling = import_module("01_sample")  # its last part, shared by all: files, flags, errors
 
 def select_boundaries(surprisal, lengths, B):
-    """Step 2: up to B boundaries before the most surprising tokens, each D or more from the others.
-    b >= 1, because b = 0 is shared by all.
+    """Step 2: up to B boundaries before the most surprising tokens. They are D or more apart, so
+    that not all lie at one place: D is the length of the parts into which B even cuts would divide
+    the shortest response, but at least 2. b >= 1, because b = 0 is shared by all.
 
-    surprisal (K, T) nats, lengths (K,) -> list of int, ascending. Tokens count from 0. Here the
-    least distance D is 2, so token 3, the second most surprising, is too close to token 2:
+    surprisal (K, T) nats, lengths (K,) -> list of int, ascending. Tokens count from 0. Here D is 2,
+    so token 3, the second most surprising, is too close to token 2:
 
     >>> select_boundaries(torch.tensor([[0.1, 0.2, 3.0, 2.0, 0.1, 1.0]]), torch.tensor([6]), B=2)
     [2, 5]
@@ -49,9 +55,10 @@ def select_boundaries(surprisal, lengths, B):
     for i, row in enumerate(surprisal.tolist()):
         for b in range(1, int(lengths[i])):
             candidates.append((-row[b], i, b))
-    D = max(2, int(min(lengths)) // (B + 1))  # as if B of them divided the shortest evenly
+    candidates.sort()  # highest surprisal first; ties: lower i, then lower b
+    D = max(2, int(min(lengths)) // (B + 1))
     boundaries = []
-    for _, _, b in sorted(candidates):  # highest surprisal first; ties: lower i, then lower b
+    for _, _, b in candidates:
         if len(boundaries) == B:
             break
         if all(abs(b - kept) >= D for kept in boundaries):
@@ -61,12 +68,13 @@ def select_boundaries(surprisal, lengths, B):
 def group_prefixes(responses, lengths, boundary):
     """Step 3: the nodes at a boundary, each a group of two or more responses that share their first
     `boundary` tokens: a list of lists of int, in order of their first member. A response that is
-    shorter is compared by all of its tokens: two that are "yes" are a node at each boundary.
+    shorter is compared by all of its tokens. So identical ones are a node beyond their end, too.
 
-    responses (K, T) int64, lengths (K,).
+    responses (K, T) int64, 0 at padding; lengths (K,).
 
-    >>> group_prefixes(torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 0]]), torch.tensor([3, 3, 2]), 2)
-    [[0, 1]]
+    >>> group_prefixes(torch.tensor([[5, 6, 7], [5, 6, 8], [9, 0, 0], [9, 0, 0]]),
+    ...                torch.tensor([3, 3, 1, 1]), boundary=2)
+    [[0, 1], [2, 3]]
     """
     sharing = {}  # prefix: the responses that begin with it
     for i, (row, length) in enumerate(zip(responses.tolist(), lengths.tolist())):
@@ -84,7 +92,7 @@ def pack_tree(boundaries, groups, K):
             members.append([i in node for i in range(K)])
     return {"boundaries": torch.tensor(boundaries, dtype=torch.int64),
             "nodes": {"boundary": torch.tensor(node_boundary, dtype=torch.int64),
-                      "members": torch.tensor(members, dtype=torch.bool).view(-1, K)}}
+                      "members": torch.tensor(members, dtype=torch.bool).view(-1, K)}}  # J may be 0
 
 def unpack_tree(prompt_tree):
     """An entry of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
@@ -99,14 +107,14 @@ Row = namedtuple("Row", "branch members level start end")
 PICTURE_WIDTH = 58  # characters, without the columns of numbers
 
 def tree_rows(boundaries, groups, lengths, parent=None, level=0, start=0, indent=""):
-    """A Row for each line of the picture below a node. parent: the responses in that node (None:
-    all K). branch: what is drawn in front of the text. members: the responses on this line. start,
-    end: its tokens are start to end - 1. level: how many cuts come before it. So boundaries[level]
-    is where a node is cut, and spans[i][level] is the span of response i (04). Below a node in
-    which identical responses have ended, lines have no tokens."""
+    """Yields the lines of the picture that lie below a node, as Rows. parent: the responses in that
+    node (None: all K). branch: what is drawn in front of the text. members: the responses on this
+    line. start, end: its tokens are start to end - 1, none if identical responses have ended.
+    level: how many cuts come before it. So boundaries[level] is where a node is cut, and
+    spans[i][level] is the span of response i (04)."""
     parent = parent or list(range(len(lengths)))
     nodes = groups[level] if level < len(groups) else []
-    children = [members for members in nodes if members[0] in parent]
+    children = [members for members in nodes if members[0] in parent]  # then all of them are
     in_node = {i for members in children for i in members}
     alone = [[i] for i in parent if i not in in_node]
     children = sorted(children + alone)
@@ -137,7 +145,7 @@ def span_text(rollout, row, width=PICTURE_WIDTH):
     return f"{row.branch + text:{width}}"
 
 def shown_rollout(rollouts, number):
-    """The rollout that --show asks for. UserError if there is none of that number."""
+    """The rollout that --show asks for. UserError if there are not so many."""
     if number >= len(rollouts["prompts"]):
         raise sampling.UserError(f"--show {number}: there are {len(rollouts['prompts'])} prompts")
     return rollouts["prompts"][number]
@@ -185,7 +193,7 @@ def main(args):
         if row.start < row.end:
             line += f" {surprisals[args.show][row.members[0], row.start]:10.2f}"
         print(line)
-    print("\nn responses share a span. Its surprisal, in nats, is that of its first token.\n"
+    print("\nn responses share a span; its surprisal, in nats, is that of its first token.\n"
           f"Boundaries, in tokens: {boundaries}")
 
 if __name__ == "__main__":

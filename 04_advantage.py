@@ -1,23 +1,29 @@
 """04: which decision earned the reward?
 
-GRPO turns the reward of a response into one advantage for all of its tokens. LEAF asks where in
-the tree (03) the reward was earned. A response is cut at each node that it is in. The span before
-such a cut has a value V: the mean reward of the n responses in that node. The tokens after the last
-cut are a span too, the tail. Its value is the reward r of this one response. A span stands for a
-decision. Was it better than the average, and better than the branch it grew from?
+The reward r of a response is its sentence BLEU against the reference, in [0, 1]. GRPO turns it into
+one advantage, (r - mean) / deviation, for all tokens of the response. LEAF asks where in the tree
+(03) the reward was earned.
+
+Each node ends a span: the tokens that its n responses share after the cut before, or from the
+start. The value V of node and span is the mean reward of these n. The tokens after the last cut of
+a response are a span too, its tail, with n = 1 and V = r. Is a span better than the average, and
+better than the branch that it continues?
 
     GA = V - V(root)       the global advantage; the root is all K responses
     LA = V - V(parent)     the local advantage; the parent is the span before it, or the root
     credit = (GA + LA) / √n
 
-LA is 0 where nothing was decided: all of a node went on alike to the next boundary.
+A first span has the root for its parent, so its GA and LA are the same. Where all of a node go on
+alike to the next boundary, nothing was decided: there LA is 0, and GA alone counts. GRPO has GA
+already: in the gradient, the advantages of the n responses that share a span add up to n GA, but
+for a scale. LA and √n are LEAF's.
 
-Why divide by √n: a span shared by n responses occurs n times in the gradient. If the rewards are
-independent, with standard deviation σ, then their mean V has σ/√n, and the sum of n copies of V
-has √n σ. With each copy divided by √n, the sum has σ, as the reward of a tail has.
+Why divide by √n? A shared span occurs n times in the gradient. Roughly, if rewards are independent,
+with standard deviation σ, then their mean V has σ/√n, and the sum of n copies of V has √n σ. With
+each copy divided by √n the sum has σ: a shared span is as noisy as a tail.
 
-Last, a z-score over all spans of a prompt turns credits into advantages (step 5). A tree with cuts
-at 2 and 5:
+Last, a z-score over the spans of a prompt turns credits into advantages (step 5). A tree with cuts
+at 2 and 5, and the credits in each response (what this script prints are their sums over the n):
 
 root                  V 0.50
 ├─ A   n 3            V 0.60   (0.10 + 0.10) / √3 = +0.12 each
@@ -38,12 +44,13 @@ root                  V 0.50
 A span 2..5 has the tokens 2, 3 and 4.
 
 Sizes   K responses, T tokens in the longest, J nodes of the tree, n responses in a node
-Reads   RUN/rollouts.pt, RUN/tree.pt
-Writes  RUN/advantages.pt, per prompt: rewards (K,) in [0, 1]; node_value (J,); leaf and grpo
-        (K, T), 0 at padding: the advantage of each token, all float32; spans, K lists of [start,
-        end, credit]
+Reads   RUN/rollouts.pt: texts, reference, lengths; RUN/tree.pt
+Writes  RUN/advantages.pt, per prompt: rewards (K,) in [0, 1]; node_value (J,), in the order of the
+        nodes in tree.pt; leaf, by LEAF, and grpo, by GRPO, (K, T), 0 at padding: the advantage of
+        each token, for 05; all float32; spans, K lists of [start, end, credit]
 Run     python 04_advantage.py                                   demo: about 1 s
-Differs from the paper (arXiv 2606.07610): nothing. Steps are numbered as in the README.
+Differs from the paper (arXiv 2606.07610): nothing, unless the two flags for ablations are used.
+Steps 3 to 6 and 8, in the README's numbering.
 """
 import math
 import re
@@ -53,7 +60,7 @@ from importlib import import_module
 
 import torch
 
-sampling = import_module("01_sample")  # for reading and writing files, and errors
+sampling = import_module("01_sample")  # its last part, shared by all: files, flags, errors
 tree = import_module("03_tree")
 
 # Credit.
@@ -65,16 +72,16 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both", multipli
     """Step 4: the spans of each response and their credits, K lists of (start, end, credit).
     boundaries: ascending token counts; groups[j]: the nodes at boundaries[j], lists of response
     numbers; lengths (K,); rewards (K,) in [0, 1]; terms: "both", or "global" or "local" alone;
-    multiplicity: the exponent of n, 0 to leave the correction out."""
+    multiplicity: the exponent of n. 0.5 is the √n, 0 leaves it out."""
     K = len(lengths)
     root_value = mean_reward(rewards, range(K))
     spans = []
     for i in range(K):
-        path = []  # the nodes on this response
+        path = []  # (end, members) of its spans: the nodes that it is in, from the root down
         for boundary, nodes in zip(boundaries, groups):
-            path += [(int(boundary), members) for members in nodes if i in members]
-        # subtle: identical responses may end at or before their node. Then they have no tail, and
-        # a span may reach past their end, or lie past it. The z-score counts it all the same.
+            path += [(int(boundary), members) for members in nodes if i in members]  # one or none
+        # subtle: identical responses may end at or before the boundary of their node. Then they
+        # have no tail, and a span may reach past their end, or lie past it. The z-score counts it.
         if not path or path[-1][0] < lengths[i]:
             path.append((int(lengths[i]), [i]))  # the tail is like a node of one
         response_spans = []
@@ -85,8 +92,8 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both", multipli
             value = mean_reward(rewards, members)
             GA = value - root_value
             LA = value - parent_value
-            difference = {"both": GA + LA, "global": GA, "local": LA}[terms]
-            response_spans.append((start, end, difference / n ** multiplicity))
+            credit = {"both": GA + LA, "global": GA, "local": LA}[terms] / n ** multiplicity
+            response_spans.append((start, end, credit))
             start = end
             parent_value = value
         spans.append(response_spans)
@@ -97,18 +104,20 @@ def sample_std(values):
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 def zscore(spans):
-    """Step 5: the credits of a prompt's spans, normalized: their advantages. Mean and deviation are
-    those of a list with one entry per span and response, whatever its length; a span shared by n
-    responses has n entries. The floor 1e-6 only guards the division."""
-    credits = [credit for response in spans for _, _, credit in response]
+    """Step 5: the credits of a prompt's spans, normalized: their advantages. Each span of each
+    response counts once, whatever its length, so a span shared by n counts n times. The mean of the
+    credits need not be 0: a credit near 0 may change its sign. The floor 1e-6 is for credits that
+    are all equal."""
+    credits = [credit for response_spans in spans for _, _, credit in response_spans]
     mean = statistics.fmean(credits)
     scale = max(sample_std(credits), 1e-6)
-    return [[(start, end, (credit - mean) / scale) for start, end, credit in response]
-            for response in spans]
+    return [[(start, end, (credit - mean) / scale) for start, end, credit in response_spans]
+            for response_spans in spans]
 
 def grpo_advantages(rewards):
     """Step 6, plain GRPO: rewards (K,) -> (K,) float32, one advantage for a whole response. The
-    floor 1/3 is the paper's. It keeps small differences of reward small; step 5 enlarges them."""
+    floor 1/3 is the paper's: where rewards hardly differ, advantages stay small. The z-score of
+    step 5 has no such floor: it gives the spans of each prompt the same deviation, 1."""
     rewards = [float(reward) for reward in rewards]
     mean = statistics.fmean(rewards)
     scale = max(sample_std(rewards), 1 / 3) + 1e-6
@@ -124,7 +133,7 @@ def spread(spans, lengths):
     return tokens
 
 def count_forks(groups, rewards):
-    """How many boundaries have a node (fork), and how many one whose rewards differ (usable).
+    """How many boundaries have a node (fork), and how many a node whose rewards differ (usable).
 
     >>> count_forks([[[0, 1]], [], [[0, 1], [2, 3]]], rewards=[0.5, 0.5, 0.2, 0.3])
     (2, 1)
@@ -136,7 +145,7 @@ def count_forks(groups, rewards):
         usable += any(len({rewards[i] for i in members}) > 1 for members in nodes)
     return fork, usable
 
-# Reward.
+# Reward: BLEU as everywhere. Skip it when you read for LEAF.
 def prompt_rewards(rollout):
     """Step 8: the rewards of a prompt's K responses, in [0, 1]. Edit here for another reward."""
     return [sentence_bleu(text, rollout["reference"]) for text in rollout["texts"]]
@@ -187,8 +196,8 @@ def tokenize_13a(text):
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, character)
     text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")  # ASCII symbols, not ' , - .
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a stop or comma after no digit
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # a stop or comma before no digit
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a stop or comma after a non-digit
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # a stop or comma before a non-digit
     text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)  # a dash after a digit
     return text.split()
 
@@ -235,9 +244,9 @@ def main(args):
     # Show one tree.
     mean = sum(prompt["rewards"].mean().item() for prompt in prompts) / len(prompts)
     alike = sum(len(prompt["rewards"].unique()) == 1 for prompt in prompts)
-    num_boundaries, num_forks, num_usable = [sum(column) for column in zip(*counts)]
+    num_boundaries, num_forks, num_usable = torch.tensor(counts).sum(dim=0).tolist()
     print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
-          f"{alike} of them have all rewards equal, and so no advantage in this round\n"
+          f"{alike} of them have all rewards equal, and so nothing to learn from\n"
           f"{num_forks} of {num_boundaries} boundaries have a node, responses with the same tokens "
           f"before;\nin {num_usable} of them, rewards differ inside a node")
     prompt = prompts[args.show]
@@ -245,7 +254,8 @@ def main(args):
     for row in tree.tree_rows(*tree.unpack_tree(trees["prompts"][args.show]), shown["lengths"]):
         columns = [mean_reward(prompt["rewards"], row.members)]
         if row.start < row.end:
-            columns.append(sum(prompt["spans"][i][row.level][2] for i in row.members))
+            credits = [prompt["spans"][i][row.level][2] for i in row.members]
+            columns.append(sum(credits))
             columns.append(prompt["leaf"][row.members, row.start].sum())
             columns.append(prompt["grpo"][row.members, row.start].sum())
         numbers = "".join(f"{column:9.3f}" for column in columns)
