@@ -3,15 +3,19 @@
 Every method of the GRPO family starts here: K complete responses to each of N spoken prompts,
 sampled independently from the current policy. LEAF needs nothing else. It finds its tree later, in
 these same responses (03): nothing branches while sampling. The audio encoder is frozen, so a clip
-is encoded once, here, and 02 to 05 read the input embeddings of the language model from a file.
+is encoded once, here; 02 and 05 take the input embeddings of the language model from rollouts.pt.
 
-Sizes   T tokens in the longest of K responses, P prompt positions, H hidden width, V vocabulary
-Reads   a manifest (a JSON object a line: audio, prompt, reference), a model, RUN/adapter if there
+Sampling is in choose_tokens and sample_responses; the rest brings a clip to the model. What all six
+scripts share stands at the end. A comment "subtle:" marks a line that looks needless and is not.
+
+Sizes   T tokens in the longest of K responses, P prompt positions, H hidden width, V vocabulary,
+        S samples of a clip
+Reads   a manifest (a JSON object per line: audio, prompt, reference), a model, RUN/adapter if there
 Writes  RUN/rollouts.pt, per prompt: id, audio, prompt, reference (str); embeds (P, H); responses
         (K, T) int64, 0 at padding; lengths (K,) int64, with the EOS token; texts (K str); ends
-        (K, T) int64: the tokens 0..t spell texts[k][:ends[k, t]]
+        (K, T) int64: the first t + 1 tokens of response k spell texts[k][:ends[k, t]]
 Run     python 01_sample.py                                      demo, 2 cores: about 10 s
-Differs from the paper: it trains at once on 6 sampled prompts; here a round has N (05 says more).
+Differs from the paper: it updates after every 6 prompts; here a round samples N of them (see 05).
 """
 import argparse
 import base64
@@ -35,12 +39,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# What the model hears.
+# -- What the model hears. -----------------------------------------------------------------------
+
 def render_prompt(processor, prompt, system_prompt="", raw=False):
     """A prompt (str) as the model reads it (str): by its chat template, unless `raw`. The model's
     audio placeholder goes where the prompt says <audio>, or first."""
     audio_token = processor.audio_token
-    before, _, after = prompt.rpartition("<audio>")
+    before, _, after = prompt.rpartition("<audio>")  # without <audio>, all of it is after
     if audio_token in before + after:
         raise UserError(f"the prompt {prompt!r} has {audio_token}: write <audio> there")
     begin = getattr(processor, "audio_bos_token", "")
@@ -49,11 +54,13 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
     template = processor.chat_template or processor.tokenizer.chat_template
     if raw or not template:
         return system_prompt + content
-    if "'audio'" in template or '"audio"' in template:  # it writes the placeholder itself
-        parts = [("text", before), ("audio", "<audio>"), ("text", after)]
-        content = [{"type": kind, kind: part} for kind, part in parts if part]
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages = [*system, {"role": "user", "content": content}]
+    if "'audio'" in template or '"audio"' in template:  # it takes parts, and places the audio token
+        parts = [{"type": "text", "text": before}, {"type": "audio", "audio": "<audio>"},
+                 {"type": "text", "text": after}]
+        content = [part for part in parts if part.get("text") != ""]
+    messages = [{"role": "user", "content": content}]
+    if system_prompt:
+        messages.insert(0, {"role": "system", "content": system_prompt})
     with as_user_error("the chat template fails, try --raw-prompt"):  # it may know no system role
         rendered = processor.tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True)
@@ -64,12 +71,12 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
         rendered = rendered.removeprefix(processor.tokenizer.bos_token)
     return rendered
 
-class StopForward(BaseException):  # no Exception: it is not an error
+class StopForward(BaseException):  # no Exception: as_user_error would take it for an error
     """Ends a forward pass before the language model, with the embeddings that would enter it."""
 
 def encode(model, processor, wave, text):
-    """What the model's own forward takes of wave (S,) and rendered text: a dict of tensors."""
-    torch.manual_seed(0)  # VibeVoice's encoder adds noise
+    """The arguments of the model's own forward, tensors, for wave (S,) and its rendered prompt."""
+    torch.manual_seed(0)  # VibeVoice's encoder adds noise: the same each time
     if "audio" in inspect.signature(processor.__call__).parameters:
         inputs = processor(text=text, audio=wave.numpy(), return_tensors="pt")
     else:
@@ -78,7 +85,7 @@ def encode(model, processor, wave, text):
 
 def encode_conversation(processor, wave, text):
     """The same for Voxtral, whose processor takes a clip in a conversation only, as a file."""
-    import mistral_common  # subtle: without it transformers takes a tokenizer that cannot do it
+    import mistral_common  # subtle: without it transformers takes a tokenizer that knows no audio
     file = io.BytesIO()
     soundfile.write(file, wave.numpy(), processor.feature_extractor.sampling_rate, format="WAV",
                     subtype="FLOAT")
@@ -109,7 +116,7 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
         embeds = stopped.args[0]
     else:
         raise UserError("this model's layers take no embeddings: it cannot be trained here")
-    if len(embeds) < len(processor.tokenizer(text).input_ids):  # not even one for the placeholder
+    if len(embeds) < len(processor.tokenizer(text).input_ids):  # none in the audio token's place
         raise UserError(f"{name} is too short: the model hears nothing of it")
     return embeds
 
@@ -118,8 +125,8 @@ def feature_extractor(processor):
     return getattr(processor, "feature_extractor", None) or processor.audio_processor
 
 def check_ending(model, processor, wave, text, name, embeds):
-    """UserError if the embeds (P, H) of a clip are the same with another ending: it is not heard.
-    Qwen2-Audio, for instance, cuts at 30 s without a word."""
+    """UserError if the embeds (P, H) of a clip stay the same with noise for its last 0.2 s: the
+    model does not hear them. Qwen2-Audio, for instance, cuts at 30 s without a warning."""
     extractor = feature_extractor(processor)
     ending = torch.rand(extractor.sampling_rate // 5) - 0.5
     other = torch.cat([wave[:-len(ending)], ending])
@@ -140,25 +147,26 @@ def embed_examples(model, processor, examples, args):
         try:
             wave = load_audio(name, feature_extractor(processor).sampling_rate)
             prompt_embeds = embed_prompt(model, processor, wave, text, name)
-            if len(wave) > longest:
+            if len(wave) > longest:  # a shorter one is heard to its end, too
                 check_ending(model, processor, wave, text, name, prompt_embeds)
                 longest = len(wave)
         except UserError as error:
             if not args.skip_unreadable:
                 raise
             tqdm.write(printable(f"left out: {error}"))
-        else:
-            if not heard:
-                check_own_forward(model, processor, wave, text, prompt_embeds)
-            heard.append(example)
-            embeds.append(prompt_embeds)
+            continue
+        if not heard:
+            check_own_forward(model, processor, wave, text, prompt_embeds)
+        heard.append(example)
+        embeds.append(prompt_embeds)
     if not heard:
         raise UserError(f"none of the {len(examples)} recordings can be heard")
     if len(heard) < len(examples):
         print(f"{len(examples) - len(heard)} of {len(examples)} prompts are left out")
     return heard, embeds
 
-# What it answers.
+# -- What it answers. ----------------------------------------------------------------------------
+
 def logits_of(model, hidden):
     """Last hidden states (..., H) -> float32 logits (..., V). subtle: Granite divides its logits by
     logits_scaling, 8 or 16, but its speech class in transformers does not, and greedy output hides
@@ -166,6 +174,7 @@ def logits_of(model, hidden):
     return scale_logits(model, model.get_output_embeddings()(hidden).float())
 
 def scale_logits(model, logits):
+    """Logits (..., V) with the scale and the cap of the language model's config."""
     config = model.config.get_text_config()
     logits = logits / getattr(config, "logits_scaling", 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -184,8 +193,10 @@ def check_own_forward(model, processor, wave, text, embeds):
     ours = logits_of(model, hidden[0, -1]).log_softmax(dim=-1)
     if ours.isnan().any():
         raise UserError("the logits are NaN: the weights of the model or its adapter are broken")
-    gap = min((logits.log_softmax(dim=-1) - ours).abs().mean().item()
-              for logits in (own, scale_logits(model, own)))  # its own forward scales them, or not
+    gaps = []
+    for logits in (own, scale_logits(model, own)):  # its own forward may leave the scale out
+        gaps.append((logits.log_softmax(dim=-1) - ours).abs().mean().item())
+    gap = min(gaps)
     if not gap < 0.06:  # right models: 1e-5 in float32, 1e-2 in bfloat16; wrong ones: 0.3
         raise UserError(f"the log-probabilities of this model differ from those of its own forward "
                         f"by {gap:.3f} nats: LEAF would train it on wrong numbers")
@@ -202,9 +213,10 @@ def choose_tokens(logits, temperature, top_p):
     rows = torch.arange(len(logits), device=logits.device)  # those that need a token still
     while len(rows):
         drawn = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
+        # right: never a token of probability 0; clamp: the product may be rounded up to the total
         candidate = torch.searchsorted(cdf, drawn, right=True).clamp(max=cdf.shape[1] - 1)
         mass_above = probs.where(probs > probs.gather(1, candidate), 0.0).sum(dim=1)
-        tokens[rows] = candidate.squeeze(1)
+        tokens[rows] = candidate.squeeze(1)  # if rejected, the next candidate overwrites it
         rejected = (mass_above >= top_p) & (mass_above > 0)  # the most probable token always stays
         rows = rows[rejected]
         probs = probs[rejected]
@@ -215,9 +227,9 @@ def check_window(model, embeds, max_new_tokens):
     """UserError if a prompt of embeds, (P_i, H) each, and a response may exceed a sliding window
     (Gemma 4): our cache and masks know none."""
     config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None) or []
     P = max(len(prompt) for prompt in embeds)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []) and (
-            P + max_new_tokens > config.sliding_window):
+    if "sliding_attention" in layer_types and P + max_new_tokens > config.sliding_window:
         raise UserError(f"a prompt of {P} tokens and --max-new-tokens {max_new_tokens} exceed the "
                         f"model's window of {config.sliding_window}")
 
@@ -238,10 +250,10 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     N = len(embeds)
     P = max(len(prompt) for prompt in embeds)
 
-    # Prefill, padded on the left, where positions are negative: all prompts end in one column.
+    # Prefill. Padding is on the left, at negative positions, so all prompts end in one column.
     inputs = pad_sequence(embeds, batch_first=True, padding_side="left").to(device)  # (N, P, H)
     positions = torch.stack([torch.arange(len(e) - P, len(e)) for e in embeds]).to(device)  # (N, P)
-    cache = DynamicCache()  # subtle: a model's own may keep a window of columns, not of positions
+    cache = DynamicCache()  # subtle: a model's own may keep a window, and count columns for it
     out = decoder(inputs_embeds=inputs, attention_mask=positions >= 0, use_cache=True,
                   position_ids=positions.clamp(min=0), past_key_values=cache)
     logits = logits_of(model, out.last_hidden_state[:, -1:]).expand(N, K, -1)
@@ -281,12 +293,13 @@ def sample_all(model, embeds, prompts_per_batch, K, max_new_tokens, temperature,
     """sample_responses for any number of prompts; those of like length share a batch."""
     check_window(model, embeds, max_new_tokens)  # of all prompts, before any is sampled
     order = sorted(range(len(embeds)), key=lambda n: len(embeds[n]))
-    sampled = {}
+    sampled = [None] * len(embeds)
     for batch in tqdm(chunks(order, prompts_per_batch), desc="sampling", unit="batch"):
-        responses = sample_responses(model, [embeds[n] for n in batch], K, max_new_tokens,
-                                     temperature, top_p)
-        sampled.update(zip(batch, responses))
-    return [sampled[n] for n in range(len(embeds))]
+        pairs = sample_responses(model, [embeds[n] for n in batch], K, max_new_tokens,
+                                 temperature, top_p)
+        for n, pair in zip(batch, pairs):
+            sampled[n] = pair
+    return sampled
 
 def decode_responses(tokenizer, responses, lengths):
     """The texts, K str, of responses (K, T) and lengths (K,)."""
@@ -300,39 +313,43 @@ def text_ends(tokenizer, responses, lengths, texts):
     for k, length in enumerate(lengths.tolist()):
         for t in range(length):
             prefix = tokenizer.decode(responses[k, :t + 1], skip_special_tokens=True)
-            ends[k, t] = len(os.path.commonprefix([prefix, texts[k]]))
+            ends[k, t] = len(os.path.commonprefix([prefix, texts[k]]))  # without half a character
     return ends
 
-# The manifest and its recordings.
+# -- The manifest and its recordings. ------------------------------------------------------------
+
 def read_manifest(path):
     """The examples of a JSON-lines manifest: a list of dicts id, audio, prompt, reference (str);
     audio is relative to the manifest, id defaults to the line number. UserError for a bad line."""
     content = Path(path).read_bytes()
     text = content.decode(json.detect_encoding(content), errors="surrogateescape")  # UTF-8 or 16
     examples = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for line_number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        with as_user_error(f"{path} line {number}: not one JSON object a line"):
+        where = f"{path} line {line_number}"
+        with as_user_error(f"{where}: not one JSON object per line"):
             row = dict(json.loads(line))
             json.dumps(row, ensure_ascii=False).encode()  # fails for bytes that are no characters
         for key in ("audio", "prompt", "reference"):
             if not isinstance(row.get(key), str) or not row[key].strip():
-                raise UserError(f'{path} line {number} lacks "{key}", a string that is not empty')
+                raise UserError(f'{where} lacks "{key}", a string that is not empty')
         if row["prompt"].count("<audio>") > 1:
-            raise UserError(f"{path} line {number} has <audio> more than once")
-        name = number if row.get("id") is None else row["id"]
-        examples.append({"id": str(name), "audio": str(Path(path).parent / row["audio"]),
+            raise UserError(f"{where} has <audio> more than once")
+        row_id = line_number if row.get("id") is None else row["id"]
+        examples.append({"id": str(row_id), "audio": str(Path(path).parent / row["audio"]),
                          "prompt": row["prompt"], "reference": row["reference"]})
     if not examples:
-        raise UserError(f"{path} is empty: it needs a JSON object a line")
+        raise UserError(f"{path} is empty: it needs a JSON object per line")
     return examples
 
 def next_slice(total, start, count, seed):
     """The places start..start+count in an endless sequence of seeded shuffles of range(total)."""
     order = []
-    for epoch in range((start + count - 1) // total + 1):
+    epoch = 0
+    while len(order) < start + count:
         order += random.Random(f"{seed} {epoch}").sample(range(total), total)
+        epoch += 1
     return order[start:start + count]
 
 def resample(wave, old_rate, new_rate):
@@ -349,15 +366,16 @@ def resample(wave, old_rate, new_rate):
 def is_incomplete(file, sound, num_read):
     """Whether an open recording holds or promises more samples than libsndfile has read from it: it
     was cut off, its header is wrong, or another recording follows in the same file."""
-    rest = file.read().strip(b"\0")
+    rest = file.read().strip(b"\0")  # what libsndfile, which reads from this file, has left
     file.seek(0)
     content = file.read()
     if sound.format in ("WAV", "WAVEX"):  # other chunks may follow; streams promise 2 GB or more
-        promise = re.search(r"data : (\d+) \(should be", sound.extra_info)
+        promise = re.search(r"data : (\d+) \(should be", sound.extra_info)  # libsndfile's log
         return "Unknown chunk" in sound.extra_info or bool(promise and int(promise[1]) < 0x7FFFF000)
     if rest and not rest.startswith((b"TAG", b"APETAGEX")):  # an mp3 may end in tags
         return True
-    if sound.format == "OGG":  # the last page must be marked as such, and be there to its end
+    if sound.format == "OGG":  # the last page must be marked as such (4), and be there to its end:
+        # 26 bytes, the number of segments, their lengths, and the segments
         page = content[content.rfind(b"OggS"):]
         if not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]]):
             return True
@@ -387,7 +405,8 @@ def load_audio(path, rate, max_seconds=3600):
         raise UserError(f"{path} claims {sound.samplerate} samples a second")
     return wave if sound.samplerate == rate else resample(wave, sound.samplerate, rate)
 
-# The model.
+# -- The model. ----------------------------------------------------------------------------------
+
 def fold_adapters(model):
     """Merge adapters that came with the weights (Granite's speech LoRA) into them, in float32: ours
     must be the only one, so that switching it off gives back the model as shipped."""
@@ -397,7 +416,7 @@ def fold_adapters(model):
             dtype = layer.get_base_layer().weight.dtype
             layer.float().merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer().to(dtype))
-    model._hf_peft_config_loaded = False
+    model._hf_peft_config_loaded = False  # or PEFT takes it for a model with an adapter
     vars(model).pop("peft_config", None)
     return model
 
@@ -409,36 +428,38 @@ def load_model(model, adapter=None, device="cpu", audio=True):
     import transformers
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries
-    no_code = {"trust_remote_code": False}  # a model's own Python code is not run, nor asked about
-    with as_user_error(f"cannot load {adapter or model} on {device}"):
+    options = {"trust_remote_code": False}  # a model's own Python code is not run, nor asked about
+    name = f"{model} with {adapter}" if adapter else model
+    with as_user_error(f"cannot load {name} on {device}"):
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        config = transformers.AutoConfig.from_pretrained(model, **no_code)  # fails soon without hub
+        config = transformers.AutoConfig.from_pretrained(model, **options)
         config = getattr(config, "thinker_config", config)  # Qwen-Omni's part that does not speak
-        processor = transformers.AutoProcessor.from_pretrained(model, **no_code) if audio else None
+        processor = transformers.AutoProcessor.from_pretrained(model, **options) if audio else None
         auto = transformers.AutoModelForMultimodalLM
         if type(config) not in auto._model_mapping:  # Audio Flamingo 3
             auto = transformers.AutoModelForSeq2SeqLM
-        lm, loading = auto.from_pretrained(model, config=config, dtype=dtype,
-                                           output_loading_info=True, **no_code)
+        network, loading = auto.from_pretrained(model, config=config, dtype=dtype,
+                                                output_loading_info=True, **options)
         missing = loading["missing_keys"]
-        lm = fold_adapters(lm).requires_grad_(False)
+        network = fold_adapters(network).requires_grad_(False)
         if audio:
-            lm.to(device)
+            network.to(device)
         else:
-            lm.get_decoder().to(device)
-            lm.get_output_embeddings().to(device)
+            network.get_decoder().to(device)
+            network.get_output_embeddings().to(device)
         if adapter:  # read on the CPU: PEFT would take the first GPU, whatever the device is
-            lm = peft.PeftModel.from_pretrained(lm, str(adapter), is_trainable=True,
-                                                torch_device="cpu")
+            network = peft.PeftModel.from_pretrained(network, str(adapter), is_trainable=True,
+                                                     torch_device="cpu")
             saved = peft.load_peft_weights(str(adapter), device="cpu")
-            missing = missing or saved.keys() ^ peft.get_peft_model_state_dict(lm).keys()
+            missing = missing or saved.keys() ^ peft.get_peft_model_state_dict(network).keys()
     if missing:  # they would be drawn at random, each time anew
-        raise UserError(f"{adapter or model} lacks weights, or has others: {sorted(missing)[0]}")
+        raise UserError(f"{name} lacks weights, or has others: {sorted(missing)[0]}")
     if audio:  # EOS may be a list, and the tokenizer may know one more: stop on any of them
-        eos = lm.generation_config.eos_token_id
-        eos_set = {processor.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-        lm.generation_config.eos_token_id = sorted(eos_set - {None})
-    return lm.eval(), processor
+        eos = network.generation_config.eos_token_id
+        eos = eos if isinstance(eos, list) else [eos]
+        eos_set = {*eos, processor.tokenizer.eos_token_id}
+        network.generation_config.eos_token_id = sorted(eos_set - {None})
+    return network.eval(), processor
 
 def parse_args():
     parser = stage_parser(__doc__, prompts_per_batch=16)
@@ -469,7 +490,7 @@ def main(args):
 
     # Encode each prompt once, and sample K responses to it.
     examples, embeds = embed_examples(model, processor, examples, args)
-    torch.manual_seed(1000 * args.seed + state["round"])
+    torch.manual_seed(1000 * args.seed + state["round"])  # other draws in each round
     sampled = sample_all(model, embeds, args.prompts_per_batch, args.num_responses,
                          args.max_new_tokens, args.temperature, args.top_p)
 
@@ -484,6 +505,7 @@ def main(args):
             "seen": state["seen"] + N, "policy_id": state["policy_id"]}
     del meta["run"], meta["device"]
     content = repr([meta, examples, [rollout["responses"].tolist() for rollout in rollouts]])
+    # Later stages keep this id, by which files of other rollouts are refused.
     meta["id"] = hashlib.sha256(content.encode()).hexdigest()[:12]
     save_stage(args.run, "rollouts", meta, rollouts)
 
@@ -494,6 +516,7 @@ def main(args):
 
 # -- Shared by all stages: files, flags and errors. Nothing about LEAF below this line. ----------
 
+# The stage files, in order.
 WRITTEN_BY = {"rollouts": "01_sample.py", "surprisal": "02_surprisal.py", "tree": "03_tree.py",
               "advantages": "04_advantage.py"}
 
@@ -508,15 +531,15 @@ def only_stage(run):
     Path(run).mkdir(parents=True, exist_ok=True)
     if not os.access(run, os.W_OK):
         raise UserError(f"nothing can be written into {run}")
-    folder = os.open(run, os.O_RDONLY)
+    descriptor = os.open(run, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another stage is at work in {run}: wait for its end") from error
         yield
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 @contextmanager
 def as_user_error(sentence):
@@ -586,13 +609,16 @@ def chunks(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 def read_lines(path):
-    """The lines of a text file, none if it does not exist; bytes that are not UTF-8 become �."""
-    path = Path(path)
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    """The lines of the text file at `path` (a Path), none if there is none. Bytes that are not
+    UTF-8 become �."""
+    if not path.exists():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 def save_file(path, content):
     """Write a text (str), or anything else by torch.save, beside `path`, then rename it: a kill or
-    a full disk leaves the old file whole. subtle: torch.save to a path aborts on a full disk."""
+    a full disk leaves the old file whole. subtle: given a path instead of an open file, torch.save
+    ends the whole process on a full disk."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -604,6 +630,7 @@ def save_file(path, content):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
+        # torch's RuntimeError has the OSError, which names the cause, for its context.
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise UserError(f"cannot write {path}: {cause}") from error
 
@@ -624,15 +651,17 @@ def load_stage(run, name, rollouts=None):
     with as_user_error(f"{path} is incomplete or corrupt ({advice})"):
         stage = torch.load(path, weights_only=True, mmap=True)  # mmap: read where it is used
         made_from = stage["meta"]["id"]
-    if rollouts and (made_from, len(stage["prompts"])) != (
-            rollouts["meta"]["id"], len(rollouts["prompts"])):
-        raise UserError(f"{path} was made from other rollouts than {run}/rollouts.pt: {advice}")
+    if rollouts:
+        same_length = len(stage["prompts"]) == len(rollouts["prompts"])
+        if made_from != rollouts["meta"]["id"] or not same_length:
+            raise UserError(f"{path} was made from other rollouts than {run}/rollouts.pt: {advice}")
     return stage
 
 def read_state(run, rollouts=None):
     """Where training stands: a dict of round, step, seen (prompts used), policy_id (the id of the
     rollouts that the adapter was trained on last), adapter (Path or None), and the settings that it
-    was trained with. UserError if the adapter is incomplete, or did not sample these `rollouts`."""
+    was trained with. UserError if the adapter is incomplete, or did not sample these `rollouts`.
+    Before, it finishes the replacement of an adapter that a kill interrupted."""
     replace_adapter(run)
     folder = Path(run) / "adapter"
     state = {"round": 0, "step": 0, "seen": 0, "policy_id": None, "adapter": None}
@@ -653,11 +682,14 @@ def replace_adapter(run):
 def check_flags(args, state, names):
     """Raises UserError if one of these flags is not what the run's adapter was trained with."""
     for name in names:
-        trained = str(state.get(name))
-        given = str(getattr(args, name, trained))
-        if name in state and os.path.realpath(given) != os.path.realpath(trained):
-            raise UserError(f"--{name.replace('_', '-')} is {given!r}, but {state['adapter']} was "
-                            f"trained with {trained!r}: go back to that, or to another --run")
+        if name not in state or name not in args:
+            continue
+        trained = str(state[name])
+        given = str(getattr(args, name))
+        if os.path.realpath(given) != os.path.realpath(trained):  # a and ./a are the same folder
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {given!r}, but {state['adapter']} was trained with "
+                            f"{trained!r}: go back to that, or to another --run")
 
 def number(kind, low, high=10**9):
     """An argparse type: an int or a float from low to high."""
@@ -670,7 +702,7 @@ def number(kind, low, high=10**9):
 
 def stage_parser(doc, prompts_per_batch=None):
     """A parser with the options that stages share; prompts_per_batch is for those with a model."""
-    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0],
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0],  # none with -OO
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--run", default="runs/demo", help="folder of this run")
     if prompts_per_batch:

@@ -1,13 +1,14 @@
 """02: how surprised was the model by each of its own tokens?
 
 The surprisal of a token is -log p(token | prompt, tokens before it), under the policy that sampled
-it: near 0 nats where the model had no choice, high where it decided (step 1). 03 looks there for
-the places where responses fork. 01 samples at temperature 1.0, from a top-p nucleus of 0.9, unless
-told otherwise; surprisal is that of the full softmax at temperature 1.
+it: near 0 nats where the model had no choice, high where it decided (step 1 in the README's list).
+03 looks there for the places where responses fork. p is the full softmax at temperature 1, also
+where 01 sampled otherwise: from a top-p nucleus of 0.9, or at another temperature.
 
 The K responses share their prompt, most of it audio, and often their first tokens. Laid out as a
 trie, in which a shared prefix stands once, they take one row per prompt: a mask shows a token the
-prompt and its own ancestors. The log-probabilities are those of K separate passes.
+prompt and its own ancestors. The log-probabilities are those of K separate passes, up to rounding.
+The trie is not LEAF's tree (03): it has every token, and makes things fast.
 
 Sizes   K responses, T tokens in the longest, P prompt positions, M trie tokens, H hidden
 Reads   RUN/rollouts.pt, the model, RUN/adapter if there
@@ -81,12 +82,13 @@ def batch_logps(model, embeds, tries):
     for prompt, trie, row_mask in zip(embeds, tries, mask):
         P = len(prompt)
         size = P + len(trie.tokens)
-        row_mask[:size, :size] = trie_mask(trie.parents, P)
+        row_mask[:size, :size] = trie_mask(trie.parents, P)  # row_mask is a view of mask
         positions.append(torch.cat([torch.arange(P), P + trie.depths]))
         tokens = embed(trie.tokens.to(device))
         rows.append(torch.cat([prompt.to(device, tokens.dtype), tokens]))
-    half = torch.bfloat16  # the weights on a GPU; our LoRA stays float32, but computes in bfloat16
-    with torch.autocast(device.type, half, enabled=embed.weight.dtype == half):
+    # On a GPU weights are in bfloat16; our LoRA stays in float32, but computes in bfloat16.
+    is_bfloat16 = embed.weight.dtype == torch.bfloat16
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
         hidden = model.get_decoder()(
             inputs_embeds=pad_sequence(rows, batch_first=True),
             position_ids=pad_sequence(positions, batch_first=True).to(device),
@@ -107,13 +109,13 @@ def trie_logps(model, embeds, tokens, parents, depths):
 def check_branches(model, embeds):
     """Scores a response to a prompt, embeds (P, H), in two tries with other siblings and in one of
     its own. UserError where they differ: branches see each other, as in a recurrent model."""
-    response = [9, 5, 6]
+    response = [9, 5, 6]  # any tokens
     logps = []
     for siblings in ([[5, 6, 7], [5, 8, 6]], [[10, 11, 12], [10, 13, 14]], []):
         responses = torch.tensor([*siblings, response])
         trie = build_trie(responses, torch.full([len(responses)], 3))
         logps.append(batch_logps(model, [embeds], [trie])[0].cpu()[trie.node[-1]])
-    # In bfloat16 rows of another length are rounded otherwise: 0.2 nats in 40 layers of noise.
+    # In bfloat16 rows of another length are rounded otherwise: 0.2 nats in 40 random layers.
     is_exact = model.get_input_embeddings().weight.dtype == torch.float32
     for other, tolerance in ((logps[1], 0.1), (logps[2], 0.02 if is_exact else 1.0)):
         gap = (logps[0] - other).abs().max().item()

@@ -1,8 +1,8 @@
 """03: where did the K responses part ways?
 
 LEAF (Low-rank Exploration with Adaptive Forking) is GRPO that credits parts of a response, its
-spans, instead of all its tokens alike. Low-rank: it trains a LoRA (05). Forking: responses part
-where the model was surprised. They were sampled independently; nothing branched while sampling.
+spans, instead of all its tokens alike. Low-rank: it trains a LoRA (05). Forking: responses tend to
+part where the model is surprised. They were sampled independently; nothing branched meanwhile.
 This file cuts the K responses to a prompt into spans; 04 credits them.
 
 Surprisal is -log of the probability of a sampled token, in nats (02). Where it is high, the model
@@ -11,27 +11,27 @@ boundary before each of the most surprising tokens, some distance apart. A bound
 tokens, b: it lies after the first b tokens.
 
 A prompt has one list of boundaries. Each comes from one response that was surprised there, but all
-K are compared at it. Those with the same first b tokens have made the same choices so far. Two or
-more of them form a node. All members of a node are cut at b, surprised or not, because their common
-choices are worth the mean reward of all who made them (04). There may be several nodes at b, with
-different beginnings. In some of them perhaps nobody was surprised; they are cut there all the same,
-even inside a word. A response that shares its first b tokens with no other is not cut at b, even if
-its own surprise put the boundary there.
+K are compared at it. Those with the same first b tokens have made the same choices so far. If they
+are two or more, they form a node. All members of a node are cut at b, surprised or not, so that
+their common choices get one credit, from the mean reward of all who made them (04). There may be
+several nodes at b, with different beginnings. In some of them perhaps nobody was surprised; they
+are cut there all the same, even inside a word. A response that shares its first b tokens with no
+other is not cut at b, even if its own surprise put the boundary there.
 
 Responses that are together at b are together at each earlier boundary. So nodes lie inside nodes: a
 tree. And a response is cut at the first few boundaries, as long as it has company, and at none of
 the later ones. A span is what it has before its first cut, between two cuts, or after the last: the
 tail. A response without a cut is all tail.
 
-Sizes   K responses, T tokens in the longest (EOS included), B fork budget: at most so many
-        boundaries, J nodes (of two or more; the root, all K at b = 0, is not stored)
+Sizes   K responses, T tokens in the longest (EOS included), B fork budget (the most boundaries), J
+        nodes (the root, all K at b = 0, is not stored)
 Reads   RUN/surprisal.pt; RUN/rollouts.pt: responses, lengths and, for the picture, texts and ends
         (where in its text each token ends)
 Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending; nodes: boundary (J,) int64,
         members (J, K) bool, True for the responses in a node
 Run     python 03_tree.py                                        demo: about 1 s
         python 03_tree.py --fork-budget 4 --show 7               more boundaries, prompt 7 drawn
-Differs from the paper (arXiv 2606.07610): nothing. Its steps 2 and 3, in the README's numbering.
+Differs from the paper (arXiv 2606.07610): nothing. Steps 2 and 3 (nodes) in the README's list.
 """
 from collections import namedtuple
 from importlib import import_module
@@ -67,8 +67,8 @@ def select_boundaries(surprisal, lengths, B):
 
 def group_prefixes(responses, lengths, boundary):
     """Step 3: the nodes at a boundary, each a group of two or more responses that share their first
-    `boundary` tokens: a list of lists of int, in order of their first member. A response that is
-    shorter is compared by all of its tokens. So identical ones are a node beyond their end, too.
+    `boundary` tokens: a list of lists of int, in order of their first member. One of fewer tokens
+    is compared whole. So identical ones are a node beyond their end, too.
 
     responses (K, T) int64, 0 at padding; lengths (K,).
 

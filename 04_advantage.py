@@ -6,8 +6,8 @@ one advantage, (r - mean) / deviation, for all tokens of the response. LEAF asks
 
 Each node ends a span: the tokens that its n responses share after the cut before, or from the
 start. The value V of node and span is the mean reward of these n. The tokens after the last cut of
-a response are a span too, its tail, with n = 1 and V = r. Is a span better than the average, and
-better than the branch that it continues?
+a response, shared or not, are a span too: its tail, with n = 1 and V = r. Is a span better than the
+average, and better than the branch that it continues?
 
     GA = V - V(root)       the global advantage; the root is all K responses
     LA = V - V(parent)     the local advantage; the parent is the span before it, or the root
@@ -15,15 +15,15 @@ better than the branch that it continues?
 
 A first span has the root for its parent, so its GA and LA are the same. Where all of a node go on
 alike to the next boundary, nothing was decided: there LA is 0, and GA alone counts. GRPO has GA
-already: in the gradient, the advantages of the n responses that share a span add up to n GA, but
-for a scale. LA and √n are LEAF's.
+already: in the gradient, the advantages of n responses of one length add up to n GA, times a
+constant, on a span that they share. LA and √n are LEAF's.
 
 Why divide by √n? A shared span occurs n times in the gradient. Roughly, if rewards are independent,
 with standard deviation σ, then their mean V has σ/√n, and the sum of n copies of V has √n σ. With
-each copy divided by √n the sum has σ: a shared span is as noisy as a tail.
+each copy divided by √n the sum has σ: a shared span is as noisy as a tail, and does not drown it.
 
-Last, a z-score over the spans of a prompt turns credits into advantages (step 5). A tree with cuts
-at 2 and 5, and the credits in each response (what this script prints are their sums over the n):
+Last, a z-score over the spans of a prompt turns credits into advantages (step 5). Before it, in a
+tree with cuts at 2 and 5, a response has these credits (this script prints sums over the n):
 
 root                  V 0.50
 ├─ A   n 3            V 0.60   (0.10 + 0.10) / √3 = +0.12 each
@@ -50,7 +50,7 @@ Writes  RUN/advantages.pt, per prompt: rewards (K,) in [0, 1]; node_value (J,), 
         each token, for 05; all float32; spans, K lists of [start, end, credit]
 Run     python 04_advantage.py                                   demo: about 1 s
 Differs from the paper (arXiv 2606.07610): nothing, unless the two flags for ablations are used.
-Steps 3 to 6 and 8, in the README's numbering.
+Steps 3 (values) to 6 and 8 in the README's list.
 """
 import math
 import re
@@ -81,7 +81,8 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both", multipli
         for boundary, nodes in zip(boundaries, groups):
             path += [(int(boundary), members) for members in nodes if i in members]  # one or none
         # subtle: identical responses may end at or before the boundary of their node. Then they
-        # have no tail, and a span may reach past their end, or lie past it. The z-score counts it.
+        # have no tail, and their last spans may reach past their end, or lie past it: spans without
+        # tokens, which the z-score counts all the same.
         if not path or path[-1][0] < lengths[i]:
             path.append((int(lengths[i]), [i]))  # the tail is like a node of one
         response_spans = []
@@ -106,8 +107,8 @@ def sample_std(values):
 def zscore(spans):
     """Step 5: the credits of a prompt's spans, normalized: their advantages. Each span of each
     response counts once, whatever its length, so a span shared by n counts n times. The mean of the
-    credits need not be 0: a credit near 0 may change its sign. The floor 1e-6 is for credits that
-    are all equal."""
+    credits need not be 0, so a credit near 0 may change its sign. The floor 1e-6 is for credits
+    that are all equal."""
     credits = [credit for response_spans in spans for _, _, credit in response_spans]
     mean = statistics.fmean(credits)
     scale = max(sample_std(credits), 1e-6)
@@ -116,11 +117,11 @@ def zscore(spans):
 
 def grpo_advantages(rewards):
     """Step 6, plain GRPO: rewards (K,) -> (K,) float32, one advantage for a whole response. The
-    floor 1/3 is the paper's: where rewards hardly differ, advantages stay small. The z-score of
-    step 5 has no such floor: it gives the spans of each prompt the same deviation, 1."""
+    floor 1/3 is the paper's: where rewards hardly differ, advantages stay small. That of step 5
+    only avoids 0 / 0: however little the credits of a prompt differ, their deviation becomes 1."""
     rewards = [float(reward) for reward in rewards]
     mean = statistics.fmean(rewards)
-    scale = max(sample_std(rewards), 1 / 3) + 1e-6
+    scale = max(sample_std(rewards), 1 / 3) + 1e-6  # as published; the 1e-6 has no effect
     return torch.tensor([(reward - mean) / scale for reward in rewards])
 
 def spread(spans, lengths):
@@ -133,9 +134,9 @@ def spread(spans, lengths):
     return tokens
 
 def count_forks(groups, rewards):
-    """How many boundaries have a node (fork), and how many a node whose rewards differ (usable).
+    """How many boundaries have a node (fork), and how many one whose members differ in reward.
 
-    >>> count_forks([[[0, 1]], [], [[0, 1], [2, 3]]], rewards=[0.5, 0.5, 0.2, 0.3])
+    >>> count_forks([[[0, 1], [2, 3]], [[0, 1]], []], rewards=[0.5, 0.5, 0.2, 0.3])
     (2, 1)
     """
     fork = 0
