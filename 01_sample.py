@@ -8,8 +8,8 @@ is encoded once, here; 02 and 05 take the input embeddings of the language model
 Sampling is in choose_tokens and sample_responses; the rest brings a clip to the model. What all six
 scripts share stands at the end. A comment "subtle:" marks a line that looks needless and is not.
 
-Sizes   T tokens in the longest of K responses, P prompt positions, H hidden width, V vocabulary,
-        S samples of a clip
+Sizes   T tokens in the longest of K responses, P prompt positions, S audio samples, H hidden width,
+        V vocabulary
 Reads   a manifest (a JSON object per line: audio, prompt, reference), a model, RUN/adapter if there
 Writes  RUN/rollouts.pt, per prompt: id, audio, prompt, reference (str); embeds (P, H); responses
         (K, T) int64, 0 at padding; lengths (K,) int64, with the EOS token; texts (K str); ends
@@ -40,7 +40,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # -- What the model hears. -----------------------------------------------------------------------
-
 def render_prompt(processor, prompt, system_prompt="", raw=False):
     """A prompt (str) as the model reads it (str): by its chat template, unless `raw`. The model's
     audio placeholder goes where the prompt says <audio>, or first."""
@@ -166,7 +165,6 @@ def embed_examples(model, processor, examples, args):
     return heard, embeds
 
 # -- What it answers. ----------------------------------------------------------------------------
-
 def logits_of(model, hidden):
     """Last hidden states (..., H) -> float32 logits (..., V). subtle: Granite divides its logits by
     logits_scaling, 8 or 16, but its speech class in transformers does not, and greedy output hides
@@ -317,7 +315,6 @@ def text_ends(tokenizer, responses, lengths, texts):
     return ends
 
 # -- The manifest and its recordings. ------------------------------------------------------------
-
 def read_manifest(path):
     """The examples of a JSON-lines manifest: a list of dicts id, audio, prompt, reference (str);
     audio is relative to the manifest, id defaults to the line number. UserError for a bad line."""
@@ -406,7 +403,6 @@ def load_audio(path, rate, max_seconds=3600):
     return wave if sound.samplerate == rate else resample(wave, sound.samplerate, rate)
 
 # -- The model. ----------------------------------------------------------------------------------
-
 def fold_adapters(model):
     """Merge adapters that came with the weights (Granite's speech LoRA) into them, in float32: ours
     must be the only one, so that switching it off gives back the model as shipped."""

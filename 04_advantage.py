@@ -18,9 +18,9 @@ alike to the next boundary, nothing was decided: there LA is 0, and GA alone cou
 already: in the gradient, the advantages of n responses of one length add up to n GA, times a
 constant, on a span that they share. LA and √n are LEAF's.
 
-Why divide by √n? A shared span occurs n times in the gradient. Roughly, if rewards are independent,
-with standard deviation σ, then their mean V has σ/√n, and the sum of n copies of V has √n σ. With
-each copy divided by √n the sum has σ: a shared span is as noisy as a tail, and does not drown it.
+Why divide by √n? A shared span occurs n times in the gradient. Roughly, if rewards are
+independent, with standard deviation σ, then their mean V has σ/√n, and the sum of n copies
+has √n σ. With each copy divided by √n it has σ: a shared span is as noisy as a tail.
 
 Last, a z-score over the spans of a prompt turns credits into advantages (step 5). Before it, in a
 tree with cuts at 2 and 5, a response has these credits (this script prints sums over the n):

@@ -218,10 +218,8 @@ def main(args):
 
     # Write. The settings bring along the round and the number of prompts seen, from 01.
     trained = {**vars(settings), "policy_id": meta["id"], "step": step}
-    for name in ("run", "device"):  # they may differ from round to round
-        del trained[name]
-    for name in ("lora_rank", "lora_alpha", "lora_dropout"):  # PEFT has them in its own file
-        del trained[name]
+    for name in ("run", "device", "lora_rank", "lora_alpha", "lora_dropout"):
+        del trained[name]  # the first two may change; PEFT has the others in its own file
     save_adapter(args.run, model, optimizer, trained)
     print(f"Round {meta['round']} trained -> {args.run}/adapter, {train_csv}")
 
