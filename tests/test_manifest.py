@@ -84,3 +84,8 @@ def test_a_key_that_is_missing(tmp_path, key):
 
 def test_two_places_for_one_recording(tmp_path):
     refused(manifest(tmp_path, json.dumps({**GOOD, "prompt": "<audio> and <audio>"})), "line 1")
+
+
+def test_the_order_of_a_seed_stays():
+    """A run that an earlier version began goes on with the prompts that it has not seen."""
+    assert sampling.next_slice(total=4, start=2, count=6, seed=0) == [0, 3, 1, 2, 0, 3]
