@@ -1,52 +1,87 @@
 """03: where did the K responses part ways?
 
 LEAF (Low-rank Exploration with Adaptive Forking) is GRPO that credits parts of a response, its
-spans, instead of all its tokens alike. Low-rank: it trains a LoRA (05). Forking: responses tend to
-part where the model is surprised. They were sampled independently; nothing branched meanwhile.
-This file cuts the K responses to a prompt into spans; 04 credits them.
+spans, instead of all its tokens alike. This file cuts the responses to a prompt into spans, 04
+credits them, 05 trains a LoRA (low-rank) by it. Four responses, boundaries 2 and 5, | is a cut:
 
-Surprisal is -log of the probability of a sampled token, in nats (02). Where it is high, the model
-had given most of its probability to other tokens: LEAF takes this for a decision. It puts a
-boundary before each of the most surprising tokens, some distance apart. A boundary is a number of
-tokens, b: it lies after the first b tokens.
+    token     0      1      2        3         4         5         6         7
+    y0        You    have | at       this      moment  | twenty    messages  .
+    y1        You    have | at       this      moment  | twelve    messages  .
+    y2        You    have | no       messages  at        this      moment    .
+    y3        There  are    twenty   messages  at        this      moment    .
 
-A prompt has one list of boundaries. Each comes from one response that was surprised there, but all
-K are compared at it. Those with the same first b tokens have made the same choices so far. If they
-are two or more, they form a node. All members of a node are cut at b, surprised or not, so that
-their common choices get one credit, from the mean reward of all who made them (04). There may be
-several nodes at b, with different beginnings. In some of them perhaps nobody was surprised; they
-are cut there all the same, even inside a word. A response that shares its first b tokens with no
-other is not cut at b, even if its own surprise put the boundary there.
+Boundaries. Boundary b lies between token b - 1 and token b, counted from 0. Surprisal (02) is high
+where the model had given most of its probability to other tokens. LEAF regards that as a decision,
+and puts a boundary before each of the most surprising tokens of all K responses, some distance
+apart: here before "no" in y2 and "twelve" in y1. None is at 0: there all K are together, the root.
+A tree search would sample anew from each boundary; LEAF looks back at K complete responses.
 
-Responses that are together at b are together at each earlier boundary. So nodes lie inside nodes: a
-tree. And a response is cut at the first few boundaries, as long as it has company, and at none of
-the later ones. A span is what it has before its first cut, between two cuts, or after the last: the
-tail. A response without a cut is all tail.
+Nodes. Responses with the same first b tokens form a node at b, if they are two or more. All of them
+are cut at b, not only the one with the surprising token. They have read the same tokens, so at b
+they faced the same distribution; one drew an unlikely token, the others did not. Their rewards will
+show which was better (04): that is the comparison LEAF wants. Boundaries are chosen once for a
+prompt, so other nodes at b are cut as well. A response that shares its first b tokens with no other
+is not cut at b: nobody else faced the same choice. So a boundary may have no node.
 
-Sizes   K responses, T tokens in the longest (EOS included), B fork budget (the most boundaries), J
-        nodes (the root, all K at b = 0, is not stored)
+Tree. Responses that are together at b are together at each earlier boundary, so nodes lie inside
+nodes. A response is cut at each boundary up to where its prefix becomes unique. Its parts are its
+spans; what follows its last cut is its tail. y0 has three spans, y2 two, and y3 is all tail.
+
+Sizes   K responses, T tokens in the longest (with EOS), B boundaries at most (--fork-budget)
 Reads   RUN/surprisal.pt; RUN/rollouts.pt: responses, lengths and, for the picture, texts and ends
         (where in its text each token ends)
-Writes  RUN/tree.pt, per prompt: boundaries (<= B,) int64, ascending; nodes: boundary (J,) int64,
-        members (J, K) bool, True for the responses in a node
+Writes  RUN/tree.pt, per prompt: boundaries, a list of at most B int, ascending; groups: for each
+        boundary the list of its nodes, each the list of its members, without the root
 Run     python 03_tree.py                                        demo: about 1 s
-        python 03_tree.py --fork-budget 4 --show 7               more boundaries, prompt 7 drawn
-Differs from the paper (arXiv 2606.07610): nothing. Steps 2 and 3 (nodes) in the README's list.
+        python 03_tree.py --fork-budget 4 --show 7               more boundaries, prompt 7 shown
+Differs from the paper (arXiv 2606.07610): nothing. (Steps 2 and 3 of the README.)
 """
 from collections import namedtuple
 from importlib import import_module
 
 import torch
 
-sampling = import_module("01_sample")  # its last part, shared by all: files, flags, errors
+sampling = import_module("01_sample")  # for its last part: files, flags and errors of all stages
+
+def main(args):
+    # Read.
+    rollouts = sampling.load_stage(args.run, "rollouts")
+    scores = sampling.load_stage(args.run, "surprisal", rollouts)
+    shown = shown_rollout(rollouts, args.show)
+
+    # Find the boundaries and nodes of every prompt.
+    trees = []
+    surprisals = [prompt["surprisal"] for prompt in scores["prompts"]]
+    for rollout, surprisal in zip(rollouts["prompts"], surprisals):
+        if not surprisal.isfinite().all():
+            raise sampling.UserError(f"a surprisal of {rollout['id']} is NaN or infinite")
+        boundaries = select_boundaries(surprisal, rollout["lengths"], args.fork_budget)
+        groups = [group_prefixes(rollout["responses"], rollout["lengths"], b) for b in boundaries]
+        trees.append({"boundaries": boundaries, "groups": groups})
+
+    # Write.
+    meta = {**rollouts["meta"], "fork_budget": args.fork_budget}
+    sampling.save_stage(args.run, "tree", meta, trees)
+
+    # Show one tree.
+    num_nodes = sum(len(nodes) for prompt_tree in trees for nodes in prompt_tree["groups"])
+    print(f"{len(trees)} prompts, {num_nodes / len(trees):.1f} nodes each -> {args.run}/tree.pt")
+    boundaries = trees[args.show]["boundaries"]
+    print_prompt(shown, "n  surprisal")
+    for row in tree_rows(boundaries, trees[args.show]["groups"], shown["lengths"]):
+        line = f"{span_text(shown, row)} {len(row.members):4}"
+        if row.start < row.end:
+            line += f" {surprisals[args.show][row.members[0], row.start]:10.2f}"
+        print(line)
+    print("\nn responses share a span; its surprisal, in nats, is that of its first token.\n"
+          f"Boundaries, in tokens: {boundaries}")
 
 def select_boundaries(surprisal, lengths, B):
-    """Step 2: up to B boundaries before the most surprising tokens. They are D or more apart, so
-    that not all lie at one place: D is the length of the parts into which B even cuts would divide
-    the shortest response, but at least 2. b >= 1, because b = 0 is shared by all.
+    """Step 2: up to B boundaries before the most surprising tokens, D or more apart, so that not
+    all lie at one place. surprisal (K, T) nats, lengths (K,) -> list of int, ascending.
 
-    surprisal (K, T) nats, lengths (K,) -> list of int, ascending. Tokens count from 0. Here D is 2,
-    so token 3, the second most surprising, is too close to token 2:
+    D = max(2, shortest length // (B + 1)): as far apart as B even cuts of the shortest response.
+    Here D is 2, so token 3, the second most surprising, is too close to token 2:
 
     >>> select_boundaries(torch.tensor([[0.1, 0.2, 3.0, 2.0, 0.1, 1.0]]), torch.tensor([6]), B=2)
     [2, 5]
@@ -66,9 +101,11 @@ def select_boundaries(surprisal, lengths, B):
     return sorted(boundaries)
 
 def group_prefixes(responses, lengths, boundary):
-    """Step 3: the nodes at a boundary, each a group of two or more responses that share their first
-    `boundary` tokens: a list of lists of int, in order of their first member. One of fewer tokens
-    is compared whole. So identical ones are a node beyond their end, too.
+    """Step 3: the nodes at a boundary, each the list of two or more responses that share their
+    first `boundary` tokens, in order of their first member.
+
+    A response shorter than the boundary is compared whole, so identical short responses never part.
+    Beyond their end the span of their node is empty. It counts in the z-score all the same (04).
 
     responses (K, T) int64, 0 at padding; lengths (K,).
 
@@ -82,51 +119,38 @@ def group_prefixes(responses, lengths, boundary):
         sharing.setdefault(prefix, []).append(i)
     return [members for members in sharing.values() if len(members) > 1]
 
-def pack_tree(boundaries, groups, K):
-    """boundaries (list of int), groups[j] the nodes at boundaries[j] -> an entry of tree.pt."""
-    node_boundary = []
-    members = []
-    for b, nodes in zip(boundaries, groups):
-        for node in nodes:
-            node_boundary.append(b)
-            members.append([i in node for i in range(K)])
-    return {"boundaries": torch.tensor(boundaries, dtype=torch.int64),
-            "nodes": {"boundary": torch.tensor(node_boundary, dtype=torch.int64),
-                      "members": torch.tensor(members, dtype=torch.bool).view(-1, K)}}  # J may be 0
+def parse_args():
+    parser = sampling.stage_parser(__doc__)
+    add = parser.add_argument
+    add("--fork-budget", type=sampling.number(int, 0), default=2, help="B, boundaries per prompt")
+    add("--show", type=sampling.number(int, 0), default=0, help="prompt to show, from 0")
+    return parser.parse_args()
 
-def unpack_tree(prompt_tree):
-    """An entry of tree.pt -> boundaries (list of int), groups (the nodes at each of them)."""
-    nodes_at = {b: [] for b in prompt_tree["boundaries"].tolist()}
-    nodes = prompt_tree["nodes"]
-    for b, members in zip(nodes["boundary"].tolist(), nodes["members"]):
-        nodes_at[b].append(members.nonzero().squeeze(1).tolist())
-    return list(nodes_at), list(nodes_at.values())
-
-# The picture of a tree, in 03 and 04.
-Row = namedtuple("Row", "branch members level start end")
+# -- The picture of a tree, here and in 04. Nothing about LEAF below this line. ------------------
 PICTURE_WIDTH = 58  # characters, without the columns of numbers
+Row = namedtuple("Row", "branch members level start end")
 
-def tree_rows(boundaries, groups, lengths, parent=None, level=0, start=0, indent=""):
-    """Yields the lines of the picture that lie below a node, as Rows. parent: the responses in that
-    node (None: all K). branch: what is drawn in front of the text. members: the responses on this
-    line. start, end: its tokens are start to end - 1, none if identical responses have ended.
-    level: how many cuts come before it. So boundaries[level] is where a node is cut, and
-    spans[i][level] is the span of response i (04)."""
-    parent = parent or list(range(len(lengths)))
-    nodes = groups[level] if level < len(groups) else []
-    children = [members for members in nodes if members[0] in parent]  # then all of them are
-    in_node = {i for members in children for i in members}
-    alone = [[i] for i in parent if i not in in_node]
-    children = sorted(children + alone)
-    for members in children:
-        is_last = members == children[-1]
-        is_node = len(members) > 1
-        length = int(lengths[members[0]])
+def tree_rows(boundaries, groups, lengths, members=None, level=0, start=0, indent=""):
+    """Yields the lines below a node with these `members` (None: the root), as Rows. branch: what is
+    drawn before the text; members: the responses on this line; level: how many cuts come before it,
+    so that spans[i][level] is the span of response i (04); start, end: its tokens are start to
+    end - 1, none if identical responses have ended."""
+    members = members or list(range(len(lengths)))
+    nodes = []
+    if level < len(groups):
+        nodes = [node for node in groups[level] if node[0] in members]  # nodes lie inside nodes
+    in_nodes = {i for node in nodes for i in node}
+    alone = [[i] for i in members if i not in in_nodes]
+    children = sorted(nodes + alone)
+    for child in children:
+        is_last = child == children[-1]
+        is_node = len(child) > 1
+        length = int(lengths[child[0]])
         end = min(length, boundaries[level]) if is_node else length
-        yield Row(indent + ("└─ " if is_last else "├─ "), members, level, start, end)
+        yield Row(indent + ("└─ " if is_last else "├─ "), child, level, start, end)
         if is_node:
             deeper = indent + ("   " if is_last else "│  ")
-            yield from tree_rows(boundaries, groups, lengths, members, level + 1, end, deeper)
+            yield from tree_rows(boundaries, groups, lengths, child, level + 1, end, deeper)
 
 def span_text(rollout, row, width=PICTURE_WIDTH):
     """The left side of a line: branch and text, `width` characters, without the middle if long."""
@@ -154,47 +178,6 @@ def print_prompt(rollout, columns):
     """The lines above a tree: the prompt, its reference, and the names of the columns."""
     print(sampling.printable(f"\n{rollout['prompt']}\n  reference  {rollout['reference']}\n"))
     print(f"{'':{PICTURE_WIDTH}}    {columns}")
-
-def parse_args():
-    parser = sampling.stage_parser(__doc__)
-    add = parser.add_argument
-    add("--fork-budget", type=sampling.number(int, 0), default=2, help="B, boundaries per prompt")
-    add("--show", type=sampling.number(int, 0), default=0, help="prompt to draw, from 0")
-    return parser.parse_args()
-
-def main(args):
-    # Read.
-    rollouts = sampling.load_stage(args.run, "rollouts")
-    scores = sampling.load_stage(args.run, "surprisal", rollouts)
-    shown = shown_rollout(rollouts, args.show)
-
-    # Find the boundaries and nodes of every prompt.
-    trees = []
-    surprisals = [prompt["surprisal"] for prompt in scores["prompts"]]
-    for rollout, surprisal in zip(rollouts["prompts"], surprisals):
-        lengths = rollout["lengths"]
-        if not surprisal.isfinite().all():
-            raise sampling.UserError(f"a surprisal of {rollout['id']} is NaN or infinite")
-        boundaries = select_boundaries(surprisal, lengths, args.fork_budget)
-        groups = [group_prefixes(rollout["responses"], lengths, b) for b in boundaries]
-        trees.append(pack_tree(boundaries, groups, len(lengths)))
-
-    # Write.
-    meta = {**rollouts["meta"], "fork_budget": args.fork_budget}
-    sampling.save_stage(args.run, "tree", meta, trees)
-
-    # Show one tree.
-    num_nodes = sum(len(prompt_tree["nodes"]["boundary"]) for prompt_tree in trees)
-    print(f"{len(trees)} prompts, {num_nodes / len(trees):.1f} nodes each -> {args.run}/tree.pt")
-    boundaries, groups = unpack_tree(trees[args.show])
-    print_prompt(shown, "n  surprisal")
-    for row in tree_rows(boundaries, groups, shown["lengths"]):
-        line = f"{span_text(shown, row)} {len(row.members):4}"
-        if row.start < row.end:
-            line += f" {surprisals[args.show][row.members[0], row.start]:10.2f}"
-        print(line)
-    print("\nn responses share a span; its surprisal, in nats, is that of its first token.\n"
-          f"Boundaries, in tokens: {boundaries}")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args)

@@ -2,36 +2,26 @@
 
 The reward r of a response is its sentence BLEU against the reference, in [0, 1]. GRPO turns it into
 one advantage, (r - mean) / deviation, for all tokens of the response. LEAF asks where in the tree
-(03) the reward was earned.
+(03) it was earned.
 
-Each node ends a span: the tokens that its n responses share after the cut before, or from the
-start. The value V of node and span is the mean reward of these n. The tokens after the last cut of
-a response, shared or not, are a span too: its tail, with n = 1 and V = r. Is a span better than the
-average, and better than the branch that it continues?
+The span of a node ends at its boundary, and begins at the cut before, or at 0. Each of its n
+members has a copy of it; what each does at the boundary is in its next span. The value V of node
+and span is the mean reward of the n. A tail has n = 1 and V = r, even if two are identical. Is a
+span better than the average, V(root), and better than the span that it continues?
 
     GA = V - V(root)       the global advantage; the root is all K responses
-    LA = V - V(parent)     the local advantage; the parent is the span before it, or the root
+    LA = V - V(parent)     the local advantage; the parent is the span before, or the root
     credit = (GA + LA) / √n
 
-A first span has the root for its parent, so its GA and LA are the same. Where all of a node go on
-alike to the next boundary, nothing was decided: there LA is 0, and GA alone counts. GRPO has GA
-already: in the gradient, the advantages of n responses of one length add up to n GA, times a
-constant, on a span that they share. LA and √n are LEAF's.
+The example of 03, with rewards:
 
-Why divide by √n? A shared span occurs n times in the gradient. Roughly, if rewards are
-independent, with standard deviation σ, then their mean V has σ/√n, and the sum of n copies
-has √n σ. With each copy divided by √n it has σ: a shared span is as noisy as a tail.
-
-Last, a z-score over the spans of a prompt turns credits into advantages (step 5). Before it, in a
-tree with cuts at 2 and 5, a response has these credits (this script prints sums over the n):
-
-root                  V 0.50
-├─ A   n 3            V 0.60   (0.10 + 0.10) / √3 = +0.12 each
-│  ├─ B   n 2         V 0.80   (0.30 + 0.20) / √2 = +0.35 each
-│  │  ├─ y0           r 1.0     0.50 + 0.20 = +0.70
-│  │  └─ y1           r 0.6     0.10 - 0.20 = -0.10   above average, below its own branch
-│  └─ y2              r 0.2    -0.30 - 0.40 = -0.70
-└─ y3                 r 0.2    -0.30 - 0.30 = -0.60
+root                             V 0.50
+├─ You have          n 3         V 0.60   (0.10 + 0.10) / √3 = +0.12 each
+│  ├─ at this moment n 2         V 0.80   (0.30 + 0.20) / √2 = +0.35 each
+│  │  ├─ twenty messages. (y0)   r 1.0     0.50 + 0.20 = +0.70
+│  │  └─ twelve messages. (y1)   r 0.6     0.10 - 0.20 = -0.10
+│  └─ no messages ...     (y2)   r 0.2    -0.30 - 0.40 = -0.70
+└─ There are ...          (y3)   r 0.2    -0.30 - 0.30 = -0.60
 
 >>> for spans in span_advantages(boundaries=[2, 5], groups=[[[0, 1, 2]], [[0, 1]]],
 ...                              lengths=[8, 8, 8, 8], rewards=[1.0, 0.6, 0.2, 0.2]):
@@ -41,16 +31,30 @@ root                  V 0.50
 0..2 +0.12 2..8 -0.70
 0..8 -0.60
 
-A span 2..5 has the tokens 2, 3 and 4.
+A span 2..5 has the tokens 2, 3 and 4. The tail of y1 earned more than the average, but less than
+the span that it continues: GRPO makes it more probable, LEAF less. Where all members of a node go
+on alike to the next boundary, nothing was decided: LA is 0, and GA alone counts. A first span has
+the root for its parent, so LA = GA: y3, which is all tail, has 2 (r - V(root)), as in the paper.
 
-Sizes   K responses, T tokens in the longest, J nodes of the tree, n responses in a node
+Last, a z-score over the spans of all K responses turns credits into advantages: minus their mean,
+divided by their deviation, so that each prompt pushes with about the same strength.
+
+What is new? Not GA. In GRPO a shared span gets the r - mean of each response that has a copy of it:
+in sum n GA, if they are equally long (the loss averages over a response). LA is new, and:
+
+- √n. The mean V of n independent rewards of deviation σ deviates by σ/√n. The gradient has V
+  n times, once per copy: in all √n σ, but of a tail σ. With each copy divided by √n both have
+  σ. Else most of the gradient's noise would come from spans that many share.
+- The scale. LEAF divides by the deviation, however small: where rewards hardly differ, it enlarges
+  what little differs, noise included. The paper's GRPO divides by max(deviation, 1/3). For BLEU
+  within a prompt that is often 1/3: its advantages, 3 (r - mean), stay small there.
+
+Sizes   K responses, T tokens in the longest, n responses in a node
 Reads   RUN/rollouts.pt: texts, reference, lengths; RUN/tree.pt
-Writes  RUN/advantages.pt, per prompt: rewards (K,) in [0, 1]; node_value (J,), in the order of the
-        nodes in tree.pt; leaf, by LEAF, and grpo, by GRPO, (K, T), 0 at padding: the advantage of
-        each token, for 05; all float32; spans, K lists of [start, end, credit]
+Writes  RUN/advantages.pt, per prompt: float32 rewards (K,), leaf and grpo (K, T), the advantage of
+        each token by either method, 0 at padding; and spans, K lists of [start, end, credit]
 Run     python 04_advantage.py                                   demo: about 1 s
-Differs from the paper (arXiv 2606.07610): nothing, unless the two flags for ablations are used.
-Steps 3 (values) to 6 and 8 in the README's list.
+Differs from the paper (arXiv 2606.07610): two flags, for ablations. (Steps 4 to 7 of the README.)
 """
 import math
 import re
@@ -60,31 +64,76 @@ from importlib import import_module
 
 import torch
 
-sampling = import_module("01_sample")  # its last part, shared by all: files, flags, errors
+sampling = import_module("01_sample")  # for its last part: files, flags and errors of all stages
 tree = import_module("03_tree")
 
-# Credit.
-def mean_reward(rewards, members):
-    """V, the value of a node (step 3): the mean reward of its members."""
-    return sum(float(rewards[i]) for i in members) / len(members)
+def main(args):
+    # Read.
+    rollouts = sampling.load_stage(args.run, "rollouts")
+    trees = sampling.load_stage(args.run, "tree", rollouts)
+    shown = tree.shown_rollout(rollouts, args.show)
+
+    # Credit every span, and spread its advantage over its tokens.
+    prompts = []
+    counts = []
+    for rollout, prompt_tree in zip(rollouts["prompts"], trees["prompts"]):
+        rewards = prompt_rewards(rollout)
+        lengths = rollout["lengths"].tolist()
+        groups = prompt_tree["groups"]
+        spans = span_advantages(prompt_tree["boundaries"], groups, lengths, rewards,
+                                args.advantage_terms, args.multiplicity)
+        whole = [[(0, length, advantage)]  # for GRPO a response is one span
+                 for length, advantage in zip(lengths, grpo_advantages(rewards))]
+        prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32),
+                        "leaf": spread(zscore(spans), lengths), "grpo": spread(whole, lengths),
+                        "spans": [[list(span) for span in response] for response in spans]})
+        counts.append([len(groups), *count_forks(groups, rewards)])
+
+    # Write.
+    meta = {**trees["meta"], "advantage_terms": args.advantage_terms,
+            "multiplicity": args.multiplicity}
+    sampling.save_stage(args.run, "advantages", meta, prompts)
+
+    # Show totals, and one tree.
+    mean = sum(prompt["rewards"].mean().item() for prompt in prompts) / len(prompts)
+    alike = sum(len(prompt["rewards"].unique()) == 1 for prompt in prompts)
+    num_boundaries, num_forks, num_differ = torch.tensor(counts).sum(dim=0).tolist()
+    print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
+          f"{alike} of them have all rewards equal, and so nothing to learn from\n"
+          f"{num_forks} of {num_boundaries} boundaries have a node; in {num_differ} of them, the "
+          "rewards inside a node differ")
+    prompt = prompts[args.show]
+    shown_tree = trees["prompts"][args.show]
+    tree.print_prompt(shown, "n    value   credit     LEAF     GRPO")
+    for row in tree.tree_rows(shown_tree["boundaries"], shown_tree["groups"], shown["lengths"]):
+        columns = [mean_reward(prompt["rewards"], row.members)]
+        if row.start < row.end:
+            columns.append(sum(prompt["spans"][i][row.level][2] for i in row.members))
+            for method in ("leaf", "grpo"):
+                columns.append(prompt[method][row.members, row.start].sum())
+        numbers = "".join(f"{column:9.3f}" for column in columns)
+        print(f"{tree.span_text(shown, row)}{len(row.members):5}{numbers}")
+    print("\nn responses share a span; value is their mean reward. The rest are sums over the n\n"
+          "copies, as in the gradient: credit, LEAF's advantage (its z-score), GRPO's advantage.\n"
+          "(end): one of several identical responses, which have ended.")
 
 def span_advantages(boundaries, groups, lengths, rewards, terms="both", multiplicity=0.5):
-    """Step 4: the spans of each response and their credits, K lists of (start, end, credit).
+    """Step 5: the spans of each response and their credits, K lists of (start, end, credit).
     boundaries: ascending token counts; groups[j]: the nodes at boundaries[j], lists of response
-    numbers; lengths (K,); rewards (K,) in [0, 1]; terms: "both", or "global" or "local" alone;
-    multiplicity: the exponent of n. 0.5 is the √n, 0 leaves it out."""
+    numbers; lengths (K,); rewards (K,); terms: "both", or "global" or "local" alone; credits are
+    divided by n ** multiplicity, so 0.5 is the √n, and 0 leaves it out.
+
+    Responses that end at or before the boundary of their node are identical. They get no tail: it
+    would escape the √n. Their spans may reach beyond their end; spread cuts them there."""
     K = len(lengths)
     root_value = mean_reward(rewards, range(K))
     spans = []
     for i in range(K):
-        path = []  # (end, members) of its spans: the nodes that it is in, from the root down
+        path = []  # (end, members) of its spans, in order
         for boundary, nodes in zip(boundaries, groups):
-            path += [(int(boundary), members) for members in nodes if i in members]  # one or none
-        # subtle: identical responses may end at or before the boundary of their node. Then they
-        # have no tail, and their last spans may reach past their end, or lie past it: spans without
-        # tokens, which the z-score counts all the same.
+            path += [(int(boundary), members) for members in nodes if i in members]  # 1 at most
         if not path or path[-1][0] < lengths[i]:
-            path.append((int(lengths[i]), [i]))  # the tail is like a node of one
+            path.append((int(lengths[i]), [i]))  # the tail
         response_spans = []
         start = 0
         parent_value = root_value
@@ -93,40 +142,42 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both", multipli
             value = mean_reward(rewards, members)
             GA = value - root_value
             LA = value - parent_value
-            credit = {"both": GA + LA, "global": GA, "local": LA}[terms] / n ** multiplicity
-            response_spans.append((start, end, credit))
+            credit = {"both": GA + LA, "global": GA, "local": LA}[terms]
+            response_spans.append((start, end, credit / n ** multiplicity))
             start = end
             parent_value = value
         spans.append(response_spans)
     return spans
 
-def sample_std(values):
-    """Standard deviation, its denominator the number of values minus 1; 0 for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def mean_reward(rewards, members):
+    """V, the value of a node: the mean reward of its members."""
+    return sum(float(rewards[i]) for i in members) / len(members)
 
 def zscore(spans):
-    """Step 5: the credits of a prompt's spans, normalized: their advantages. Each span of each
-    response counts once, whatever its length, so a span shared by n counts n times. The mean of the
-    credits need not be 0, so a credit near 0 may change its sign. The floor 1e-6 is for credits
-    that are all equal."""
+    """Step 6: the credits of a prompt's spans, normalized: their advantages. Each copy of a span
+    counts once, whatever its length, even without tokens. The mean of the credits need not be 0, so
+    a credit near 0 may change its sign. The floor 1e-6 is for credits that are all equal."""
     credits = [credit for response_spans in spans for _, _, credit in response_spans]
     mean = statistics.fmean(credits)
     scale = max(sample_std(credits), 1e-6)
     return [[(start, end, (credit - mean) / scale) for start, end, credit in response_spans]
             for response_spans in spans]
 
+def sample_std(values):
+    """Standard deviation, its denominator the number of values minus 1; 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
 def grpo_advantages(rewards):
-    """Step 6, plain GRPO: rewards (K,) -> (K,) float32, one advantage for a whole response. The
-    floor 1/3 is the paper's: where rewards hardly differ, advantages stay small. That of step 5
-    only avoids 0 / 0: however little the credits of a prompt differ, their deviation becomes 1."""
+    """Step 7, plain GRPO: rewards (K,) -> (K,) float32, one advantage for a whole response. The
+    floor 1/3 is the paper's: where rewards hardly differ, advantages stay small."""
     rewards = [float(reward) for reward in rewards]
     mean = statistics.fmean(rewards)
-    scale = max(sample_std(rewards), 1 / 3) + 1e-6  # as published; the 1e-6 has no effect
+    scale = max(sample_std(rewards), 1 / 3) + 1e-6  # as published
     return torch.tensor([(reward - mean) / scale for reward in rewards])
 
 def spread(spans, lengths):
-    """The spans of K responses of `lengths` tokens -> (K, T) float32: each token has the advantage
-    of its span, 0 at padding."""
+    """The spans of K responses of `lengths` tokens -> (K, T) float32: each token gets the advantage
+    of its span, undivided; 0 at padding."""
     tokens = torch.zeros(len(lengths), max(lengths))
     for i, response_spans in enumerate(spans):
         for start, end, advantage in response_spans:
@@ -134,21 +185,21 @@ def spread(spans, lengths):
     return tokens
 
 def count_forks(groups, rewards):
-    """How many boundaries have a node (fork), and how many one whose members differ in reward.
+    """How many boundaries have a node (forks), and how many of these one whose rewards differ.
 
     >>> count_forks([[[0, 1], [2, 3]], [[0, 1]], []], rewards=[0.5, 0.5, 0.2, 0.3])
     (2, 1)
     """
-    fork = 0
-    usable = 0
+    have_node = 0
+    differ = 0
     for nodes in groups:
-        fork += len(nodes) > 0
-        usable += any(len({rewards[i] for i in members}) > 1 for members in nodes)
-    return fork, usable
+        have_node += len(nodes) > 0
+        differ += any(len({rewards[i] for i in members}) > 1 for members in nodes)
+    return have_node, differ
 
-# Reward: BLEU as everywhere. Skip it when you read for LEAF.
+# -- Reward: BLEU, as sacrebleu has it. Skip it when you read for LEAF. --------------------------
 def prompt_rewards(rollout):
-    """Step 8: the rewards of a prompt's K responses, in [0, 1]. Edit here for another reward."""
+    """Step 4: the rewards of a prompt's K responses, in [0, 1]. Edit here for another reward."""
     return [sentence_bleu(text, rollout["reference"]) for text in rollout["texts"]]
 
 def sentence_bleu(hypothesis, reference, lowercase=False):
@@ -208,62 +259,9 @@ def parse_args():
     add("--advantage-terms", default="both", choices=["both", "global", "local"],
         help="GA + LA, or one of them alone, an ablation")
     add("--multiplicity", type=sampling.number(float, 0), default=0.5,
-        help="exponent of n, 0 = no correction for shared spans")
-    add("--show", type=sampling.number(int, 0), default=0, help="prompt to draw, from 0")
+        help="credits are divided by n ** multiplicity; 0 = not at all")
+    add("--show", type=sampling.number(int, 0), default=0, help="prompt to show, from 0")
     return parser.parse_args()
-
-def main(args):
-    # Read.
-    rollouts = sampling.load_stage(args.run, "rollouts")
-    trees = sampling.load_stage(args.run, "tree", rollouts)
-    shown = tree.shown_rollout(rollouts, args.show)
-
-    # Credit every span, and spread its advantage over its tokens.
-    prompts = []
-    counts = []
-    for rollout, prompt_tree in zip(rollouts["prompts"], trees["prompts"]):
-        rewards = prompt_rewards(rollout)
-        lengths = rollout["lengths"].tolist()
-        boundaries, groups = tree.unpack_tree(prompt_tree)
-        spans = span_advantages(boundaries, groups, lengths, rewards, args.advantage_terms,
-                                args.multiplicity)
-        leaf = spread(zscore(spans), lengths)
-        whole = [[(0, length, advantage)]  # a response is one span
-                 for length, advantage in zip(lengths, grpo_advantages(rewards))]
-        grpo = spread(whole, lengths)
-        counts.append([len(boundaries), *count_forks(groups, rewards)])
-        values = [mean_reward(rewards, members) for nodes in groups for members in nodes]
-        prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32),
-                        "node_value": torch.tensor(values), "leaf": leaf, "grpo": grpo,
-                        "spans": [[list(span) for span in response] for response in spans]})
-
-    # Write.
-    meta = {**trees["meta"], "advantage_terms": args.advantage_terms,
-            "multiplicity": args.multiplicity}
-    sampling.save_stage(args.run, "advantages", meta, prompts)
-
-    # Show one tree.
-    mean = sum(prompt["rewards"].mean().item() for prompt in prompts) / len(prompts)
-    alike = sum(len(prompt["rewards"].unique()) == 1 for prompt in prompts)
-    num_boundaries, num_forks, num_usable = torch.tensor(counts).sum(dim=0).tolist()
-    print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
-          f"{alike} of them have all rewards equal, and so nothing to learn from\n"
-          f"{num_forks} of {num_boundaries} boundaries have a node, responses with the same tokens "
-          f"before;\nin {num_usable} of them, rewards differ inside a node")
-    prompt = prompts[args.show]
-    tree.print_prompt(shown, "n    value   credit     LEAF     GRPO")
-    for row in tree.tree_rows(*tree.unpack_tree(trees["prompts"][args.show]), shown["lengths"]):
-        columns = [mean_reward(prompt["rewards"], row.members)]
-        if row.start < row.end:
-            credits = [prompt["spans"][i][row.level][2] for i in row.members]
-            columns.append(sum(credits))
-            columns.append(prompt["leaf"][row.members, row.start].sum())
-            columns.append(prompt["grpo"][row.members, row.start].sum())
-        numbers = "".join(f"{column:9.3f}" for column in columns)
-        print(f"{tree.span_text(shown, row)}{len(row.members):5}{numbers}")
-    print("\nn responses share a span; value is their mean reward. The rest are sums over the n,\n"
-          "as in the gradient of the shared tokens: credit, LEAF's advantage (its z-score), and\n"
-          "GRPO's advantage. (end): identical responses, with no tokens left.")
 
 if __name__ == "__main__":
     sampling.run_stage(main, parse_args)

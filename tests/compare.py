@@ -251,6 +251,7 @@ def main():
     names = [name for name in EXPERIMENTS if name != "real"]
     if args.only:
         names = [args.only]
+    args.out.mkdir(parents=True, exist_ok=True)
     for task in {EXPERIMENTS[name]["task"] for name in names}:
         encode_task(args.out, task)
     for name in names:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU's numbers, also where there is a GPU
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in the stages: two threads spin while they wait on a busy machine
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -23,6 +24,7 @@ MODEL, TRAIN, TEST = DEMO / "model", DEMO / "train.jsonl", DEMO / "test.jsonl"
 SCRIPTS = ["01_sample.py", "02_surprisal.py", "03_tree.py", "04_advantage.py", "05_train.py",
            "06_eval.py"]
 
+torch.set_num_threads(1)
 sampling = import_module("01_sample")
 
 

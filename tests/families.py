@@ -1,4 +1,4 @@
-"""The models that the tool is for, by their published configurations, with random weights.
+"""How large are the models that the tool is for? Their published configurations, with random weights.
 
 Full size they are what benchmark.py times; shrunk, what the tests run all six stages on. The tests
 run offline, so prompts are tokenized by the demo's tokenizer. Granite's feature extractor is

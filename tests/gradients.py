@@ -21,6 +21,7 @@ As in training, responses come from a top-p nucleus, log-probabilities from the 
 with --top-p 1 are the two the same policy, and the true gradient is that of its expected reward.
 `sum` is (r - mean) with a sum over tokens, as in the true gradient; the others take a mean.
 
+Reads   RUN/adapter or, before the first training, RUN/rollouts.pt, which know the model; a manifest
 Run     python tests/gradients.py --num-prompts 8 --num-samples 128           demo, 2 cores: 40 s
 """
 import argparse
@@ -38,7 +39,6 @@ scoring = import_module("02_surprisal")
 tree = import_module("03_tree")
 advantage = import_module("04_advantage")
 training = import_module("05_train")
-evaluation = import_module("06_eval")
 
 SPAN_METHODS = {"leaf": {}, "global": {"terms": "global"}, "local": {"terms": "local"},
                 "multiplicity 0": {"multiplicity": 0}, "no z-score": {}}
@@ -178,7 +178,8 @@ def main(args):
     if args.num_samples % (2 * args.num_responses) or args.num_prompts % PROMPTS_PER_UPDATE:
         raise sampling.UserError("--num-samples has to be a multiple of 2 K, --num-prompts of 4")
     state = sampling.read_state(args.run)
-    settings = evaluation.run_settings(args.run, state)
+    trained = state if state["adapter"] else sampling.load_stage(args.run, "rollouts")["meta"]
+    settings = {name: trained[name] for name in ("model", "system_prompt", "raw_prompt")}  # as 06
     args = argparse.Namespace(**vars(args), **settings, **SAMPLING, skip_unreadable=False)
     model, processor = sampling.load_model(args.model, state["adapter"], args.device)
     torch.manual_seed(args.seed)
@@ -215,6 +216,7 @@ def main(args):
         print(line)
     print("\nIn parentheses: minus GRPO, with the standard error of this difference.")
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         sampling.save_file(args.out, "\n".join(lines) + "\n")
 
 

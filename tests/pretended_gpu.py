@@ -1,4 +1,4 @@
-"""The six stages on a GPU that is pretended, so that a machine without one finds their mistakes.
+"""Would the six stages run on a GPU? A pretended one shows their mistakes on a machine without.
 
 A tensor of the device "pretended" keeps its numbers in the CPU's memory and computes there, but as on
 a GPU weights are bfloat16, nothing works on tensors of two devices, and matrix products under autocast
@@ -136,11 +136,12 @@ def set_up():
 
 def main(model, run):
     libraries = set_up()
+    Path(run).mkdir(parents=True, exist_ok=True)
     stand_in_for_torchaudio()
     import_module("04_advantage").prompt_rewards = lambda prompt: [0.9, 0.2, 0.4, 0.0]  # so that it learns
-    asked = ["--model", model, "--num-prompts", 2, "--max-new-tokens", 8, "--device", DEVICE]
+    asked = ["--num-prompts", 2, "--max-new-tokens", 8, "--device", DEVICE]
     train, test = (ROOT / "tests" / "demo" / f"{split}.jsonl" for split in ("train", "test"))
-    a_round = [("01_sample", ["--num-responses", 4, "--manifest", train, *asked]),
+    a_round = [("01_sample", ["--model", model, "--num-responses", 4, "--manifest", train, *asked]),
                ("02_surprisal", ["--device", DEVICE]), ("03_tree", []), ("04_advantage", []),
                ("05_train", ["--device", DEVICE, "--gradient-checkpointing"])]
     evaluation = ("06_eval", ["--passes", 1, "--manifest", test, *asked])

@@ -1,4 +1,4 @@
-"""Look at a run: one page with its trees, curves and forks.
+"""What happened in a run? One page with its trees, curves and forks.
 
 For each prompt of the round the page plays the clip and draws the tree of the K responses, each
 span coloured by the advantages that LEAF and GRPO give it, on one scale, and outlined where the
@@ -61,9 +61,9 @@ def prompt_data(stages, number, run, embed_audio):
                              for row, length in zip(surprisal.tolist(), lengths)]
     if "tree" in stages:
         scores = stages["advantages"]["prompts"][number] if "advantages" in stages else None
-        boundaries, groups = tree.unpack_tree(stages["tree"]["prompts"][number])
-        data["boundaries"] = boundaries
-        rows = tree.tree_rows(boundaries, groups, lengths)
+        prompt_tree = stages["tree"]["prompts"][number]
+        data["boundaries"] = prompt_tree["boundaries"]
+        rows = tree.tree_rows(prompt_tree["boundaries"], prompt_tree["groups"], lengths)
         data["rows"] = [row_data(row, scores) for row in rows]
     return data
 
@@ -112,7 +112,8 @@ def forks_section(stages):
     usable = 0
     total = 0
     for number, prompt_tree in enumerate(stages["tree"]["prompts"]):
-        boundaries, groups = tree.unpack_tree(prompt_tree)
+        boundaries = prompt_tree["boundaries"]
+        groups = prompt_tree["groups"]
         mean_length = stages["rollouts"]["prompts"][number]["lengths"].float().mean().item()
         total += len(boundaries)
         places += [b / mean_length for b, nodes in zip(boundaries, groups) if nodes]

@@ -1,4 +1,4 @@
-"""Recordings: what soundfile reads, mixed to mono, at the model's rate."""
+"""Does a recording reach the model as it sounds, in mono and at its rate? Is what is none refused?"""
 import math
 from importlib import import_module
 

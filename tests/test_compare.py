@@ -1,4 +1,5 @@
-"""A run of tests/compare.py trains as the scripts do; its tables are those of its runs' files."""
+"""Does a run of tests/compare.py train as the scripts do? Are its tables those of its runs' files?"""
+import json
 import pickle
 import statistics
 import sys
@@ -6,7 +7,7 @@ from importlib import import_module
 
 import peft
 import torch
-from conftest import call, load
+from conftest import TRAIN, call, load
 
 import compare
 
@@ -15,8 +16,6 @@ sampling = import_module("01_sample")
 
 def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
     """The same prompts, responses and updates: the same LoRA, to the bit."""
-    # Also where it changes no number: MKL divides its work otherwise once this has been called.
-    torch.set_num_threads(torch.get_num_threads())
     monkeypatch.setattr("sys.argv", ["compare.py"])
     examples = sampling.read_manifest("tests/demo/train.jsonl")
     numbers = {example["id"]: n for n, example in enumerate(examples)}
@@ -46,6 +45,22 @@ def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
     wanted = peft.load_peft_weights(str(tmp_path / "adapter"), device="cpu")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_recordings_are_encoded_once_into_a_new_folder(tmp_path, monkeypatch):
+    manifest = tmp_path / "mine.jsonl"
+    manifest.write_text(json.dumps({"audio": str(TRAIN.parent / "train" / "000.ogg"), "prompt": "Translate.",
+                                    "reference": "Hallo."}))
+    monkeypatch.setitem(compare.TASKS, "demo", {**compare.TASKS["demo"], "manifest": manifest, "test": manifest})
+    for name in ("do_all", "show", "best_rate"):
+        monkeypatch.setattr(compare, name, lambda *args: None)
+    monkeypatch.setattr("sys.argv", ["compare.py", "--out", str(tmp_path / "runs" / "new")])
+    compare.main()
+    [path] = (tmp_path / "runs" / "new").iterdir()
+    (train, _), (test, embeds) = torch.load(path, weights_only=True)
+    assert train == test == sampling.read_manifest(manifest) and embeds[0].ndim == 2
+    monkeypatch.setattr(sampling, "load_model", None)
+    compare.main()  # nothing is left to do
 
 
 class OneProcess:

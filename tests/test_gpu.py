@@ -1,4 +1,4 @@
-"""The six stages on a real GPU, where there is one; without one this is skipped.
+"""Do the six stages run on a real GPU? Where there is none, this is skipped.
 
 The other tests are of the CPU's numbers, and conftest.py hides the GPUs from them.
 """

@@ -1,4 +1,4 @@
-"""The gradients of tests/gradients.py are the stages' own, and the true one is that of the reward."""
+"""Are the gradients of tests/gradients.py the stages' own? Is the true one that of the reward?"""
 import csv
 import shutil
 from importlib import import_module
@@ -153,12 +153,18 @@ def test_the_standard_error_is_that_of_the_difference(rounds, policy, tmp_path):
     torch.testing.assert_close(columns["round_cosine_gap_se"], (one - two).abs() / 2, atol=1e-4, rtol=1e-3)
 
 
-def test_the_command(tmp_path):
+def test_the_command(rounds, tmp_path, capsys):
+    """On the untouched model that a run has sampled from, and on the one that it has trained."""
     sentence = refusal("tests/gradients.py", "--run", tmp_path / "run", "--num-samples", 20)
     assert "--num-samples has to be a multiple of 2 K" in sentence
-    call("tests/gradients.py", "--run", tmp_path / "run", "--num-prompts", 4, "--num-samples", 8,
-         "--num-responses", 2, "--reward", "exact", "--out", tmp_path / "table.csv")
-    rows = list(csv.DictReader(open(tmp_path / "table.csv", encoding="utf-8")))
+    options = ["--num-prompts", 4, "--num-samples", 8, "--num-responses", 2, "--reward", "exact",
+               "--out", tmp_path / "new" / "table.csv"]
+    assert "run 01_sample.py" in refusal("tests/gradients.py", "--run", tmp_path / "run", *options)
+    for run, said in ((rounds.sampled, "no adapter"), (rounds.trained, "adapter, mean reward")):
+        run = shutil.copytree(run, tmp_path / run.name)
+        call("tests/gradients.py", "--run", run, *options)
+        assert said in capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / "new" / "table.csv", encoding="utf-8")))
     assert [row["method"] for row in rows] == gradients.METHODS
     for row in rows:
         assert all(-1 <= float(row[name]) <= 1 and float(row[f"{name}_se"]) >= 0 for name in gradients.COSINES)

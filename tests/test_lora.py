@@ -1,4 +1,4 @@
-"""The LoRA: it starts as nothing, it alone learns, it is saved and found again."""
+"""Does the LoRA start as nothing, learn alone, and come back as it was saved?"""
 import json
 import shutil
 from importlib import import_module
@@ -121,9 +121,8 @@ def test_a_step_raises_what_earned_credit(rounds):
     policy, gain = policy_of(adapter=rounds.trained / "adapter"), 0.0
     stages = (load(rounds.sampled, name)["prompts"] for name in ("rollouts", "surprisal", "advantages"))
     for prompt, score, earned in zip(*stages):
-        tokens, parents, depths, node = scoring.build_trie(prompt["responses"], prompt["lengths"])
         with torch.no_grad():
-            logp = scoring.trie_logps(policy, prompt["embeds"], tokens, parents, depths)[node]
+            [logp] = scoring.score_responses(policy, [prompt])
         moved = earned["leaf"] * (logp - score["logp_old"])  # no credit at padding
         gain += (moved.sum(dim=1) / prompt["lengths"]).mean().item()
     assert gain > 1e-3

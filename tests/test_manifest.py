@@ -1,4 +1,4 @@
-"""Manifests: what is read, and what is refused with its line."""
+"""What does a manifest say, and which line of it is wrong?"""
 import json
 from importlib import import_module
 
@@ -29,7 +29,7 @@ def test_a_good_manifest(tmp_path):
     first, second = sampling.read_manifest(path)
     assert first == {"id": "1", "audio": str(tmp_path / "clips" / "a.wav"), "prompt": "Translate.",
                      "reference": "Hallo."}
-    assert second == {**first, "id": "b"}
+    assert second == {**first, "id": "b", "speaker": 7}
 
 
 def test_ids_are_strings_and_count_lines(tmp_path):

@@ -1,10 +1,10 @@
-"""Boundaries, nodes, spans and advantages, on cases worked by hand."""
+"""Are boundaries, nodes, spans and advantages right on cases worked by hand?"""
 import math
 import re
 from importlib import import_module
 
 import pytest
-from conftest import ROOT, padded
+from conftest import padded
 
 tree = import_module("03_tree")
 advantage = import_module("04_advantage")
@@ -57,7 +57,7 @@ def test_groups_come_in_order_of_their_first_member():
     assert tree.group_prefixes(responses, lengths, 1) == [[0, 3], [1, 2]]
 
 
-# Step 4.
+# Step 5.
 
 @pytest.mark.parametrize("multiplicity, shared", [(0, [0.2, 0.5]), (0.5, [0.2 / 3**0.5, 0.5 / 2**0.5]),
                                                   (1, [0.2 / 3, 0.5 / 2])])
@@ -69,24 +69,37 @@ def test_the_exponent_of_n(multiplicity, shared):
 
 
 def test_the_worked_tree():
-    """Docstring of 04 and README draw the same tree, and its sums are those of the code."""
-    drawing = re.search(r"^root  .*\n(?:.*\n)*?└─ y3 .*$", advantage.__doc__, re.MULTILINE).group()
-    assert drawing in (ROOT / "README.md").read_text(encoding="utf-8")
+    """The tree in the docstring of 04: its sums are those of the code."""
+    drawing = re.search(r"^root  .*\n(?:.*\n)*?└─ .*\(y3\).*$", advantage.__doc__, re.MULTILINE).group()
     spans = {terms: advantage.span_advantages(BOUNDARIES, GROUPS, LENGTHS, REWARDS, terms)
              for terms in ("global", "local", "both")}
     root, *lines = drawing.splitlines()
     assert root.split() == ["root", "V", "0.50"] and advantage.mean_reward(REWARDS, range(4)) == 0.5
-    nodes = [("A", [0, 1, 2], 0), ("B", [0, 1], 1), ("y0", [0], 2), ("y1", [1], 2), ("y2", [2], 1), ("y3", [3], 0)]
+    nodes = [("n 3 ", [0, 1, 2], 0), ("n 2 ", [0, 1], 1), ("(y0)", [0], 2), ("(y1)", [1], 2), ("(y2)", [2], 1),
+             ("(y3)", [3], 0)]
     for line, (name, members, k) in zip(lines, nodes, strict=True):
         GA, LA, both = [spans[terms][members[0]][k][2] for terms in spans]
         width = math.sqrt(len(members))
-        assert re.search(r"\w+", line).group() == name
         assert float(re.search(r"[Vr] (\S+)", line).group(1)) == pytest.approx(advantage.mean_reward(REWARDS, members))
         assert f"{GA * width:.2f} {LA * width:+.2f}" in line.replace("+ ", "+").replace("- ", "-")
-        assert f"= {both:+.2f}" in line and (f"n {len(members)} " in line) == (len(members) > 1)
+        assert name in line and f"= {both:+.2f}" in line and ("each" in line) == (len(members) > 1)
 
 
-# Steps 5 and 6.
+def test_the_worked_responses():
+    """The four responses in the docstring of 03, cut as the code cuts them."""
+    rows = re.findall(r"^    y\d +(.*)$", tree.__doc__, re.MULTILINE)
+    words = [row.replace("|", " ").split() for row in rows]
+    number = {word: n for n, word in enumerate(sorted({word for row in words for word in row}))}
+    responses, lengths = padded([[number[word] for word in row] for row in words])
+    assert lengths.tolist() == LENGTHS
+    assert [tree.group_prefixes(responses, lengths, b) for b in BOUNDARIES] == GROUPS
+    spans = advantage.span_advantages(BOUNDARIES, GROUPS, LENGTHS, REWARDS)
+    for row, response_spans in zip(rows, spans, strict=True):
+        sizes = [len(part.split()) for part in row.split("|")]
+        assert sizes == [end - start for start, end, _ in response_spans]
+
+
+# Steps 6 and 7.
 
 def test_zscore_divides_by_no_less_than_a_millionth():
     assert values_of(advantage.zscore([[(0, 1, 1e-9)], [(0, 1, -1e-9)]])) == pytest.approx([1e-3, -1e-3])
@@ -101,9 +114,7 @@ def test_rewards_all_alike_earn_nothing(K, reward):
     assert advantage.grpo_advantages([reward] * K).tolist() == pytest.approx([0.0] * K, abs=1e-9)
 
 
-# Paragraph 9: what the gradient of shared tokens carries.
-
-# Step 8.
+# Step 4.
 
 def test_rewards_compare_texts_with_the_reference():
     prompt = {"texts": ["eins zwei", "drei"], "reference": "eins zwei"}

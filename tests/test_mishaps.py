@@ -1,12 +1,9 @@
-"""What used to go wrong without a word, what used to lose work: each on an input made here."""
+"""Does anything go wrong without a word, or lose work? What once did, each on an input made here."""
 import json
 import math
-import os
 import shutil
-import struct
 import subprocess
 import sys
-import time
 from importlib import import_module
 
 import pytest
@@ -19,133 +16,30 @@ sampling = import_module("01_sample")
 training = import_module("05_train")
 
 RATE = 16000
-SAMPLES = 60480
 CLIP = TRAIN.parent / "train" / "000.ogg"
 EVALUATION = ["--manifest", TEST, "--num-prompts", 1, "--passes", 1, "--max-new-tokens", 2]
 
 
-# Recordings: all samples, or a refusal by name.
-
-@pytest.fixture(scope="module")
-def waves():
-    """Speech-like noise that stops after two seconds, so that a variable bit rate varies."""
-    noise = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0)) * 0.3
-    noise[2 * RATE:] = 0
-    return noise.clamp(-1, 1)
-
+# Recordings.
 
 def written(path, wave, **settings):
     soundfile.write(str(path), wave.numpy(), RATE, **settings)
     return path
 
 
-def heard_or_refused(path, content, samples=SAMPLES):
-    """The number of samples of a recording with this content; 0 if it is refused by name."""
-    path.write_bytes(content)
-    try:
-        found = len(sampling.load_audio(path, RATE))
-    except sampling.UserError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-        return 0
-    assert found >= samples
-    return found
-
-
-def without_first_frame(mp3):
-    """An mp3 without its first frame, the one that says how long it is (MPEG-2, layer III)."""
-    rates = [0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160]
-    size = 72 * rates[mp3[2] >> 4] * 1000 // RATE + (mp3[2] >> 1 & 1)
-    return mp3[size:]
-
-
-@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
-def test_mp3(tmp_path, waves, mode):
-    path = written(tmp_path / "a.mp3", waves, format="MP3", bitrate_mode=mode, compression_level=0.3)
-    whole = path.read_bytes()
-    tag = b"TAG" + b"a song".ljust(125, b"\0")
-    assert heard_or_refused(path, whole) == heard_or_refused(path, whole + tag) == SAMPLES
-    assert heard_or_refused(path, without_first_frame(whole)) >= SAMPLES * (mode == "CONSTANT")
-    assert heard_or_refused(path, whole + whole) == 0
-    assert heard_or_refused(path, whole[:len(whole) // 2]) == 0
-    header = max(whole.find(b"Xing"), whole.find(b"Info"))
-    for frames in (10, 2**31 - 1):  # fewer than there are, and absurdly many
-        lie = whole[:header + 8] + struct.pack(">I", frames) + whole[header + 12:]
-        assert heard_or_refused(path, lie) == 0
-
-
-@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
-def test_ogg(tmp_path, waves, subtype):
-    path = written(tmp_path / "a.ogg", waves, format="OGG", subtype=subtype)
-    whole = path.read_bytes()
-    other = written(tmp_path / "b.ogg", waves, format="OGG", subtype="VORBIS").read_bytes()
-    assert heard_or_refused(path, whole) == SAMPLES
-    last_page = whole.rfind(b"OggS")
-    for content in (whole + whole, whole + other, whole[:len(whole) // 2], whole[:-9],
-                    whole[:last_page], whole[:last_page + 20]):
-        assert heard_or_refused(path, content) == 0
-
-
-def test_flac(tmp_path, waves):
-    path = written(tmp_path / "a.flac", waves)
-    whole = path.read_bytes()
-    assert heard_or_refused(path, whole) == SAMPLES
-    assert heard_or_refused(path, whole[:len(whole) // 2]) == 0
-    for samples in (0, 2**36 - 1):  # unknown, absurdly many
-        lie = bytearray(whole)
-        lie[21:26] = ((lie[21] & 0xF0) << 32 | samples).to_bytes(5, "big")
-        assert heard_or_refused(path, lie) == 0
-
-
-@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "ULAW", "DOUBLE"])
-def test_wav(tmp_path, waves, subtype):
-    path = written(tmp_path / "a.wav", waves, subtype=subtype)
-    whole = path.read_bytes()
-    size = whole.find(b"data") + 4
-
-    def promising(promise):
-        return whole[:size] + struct.pack("<I", promise) + whole[size + 4:]
-
-    note = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf58.29.100\0"
-    assert heard_or_refused(path, whole) == heard_or_refused(path, whole + note) == SAMPLES
-    for stream in (0xFFFFFFFF, 0x7FFFF000):  # written by tools that do not know the length yet
-        assert heard_or_refused(path, promising(stream)) == SAMPLES
-    for content in (whole[:len(whole) // 2], promising(10**7), promising(0), promising(SAMPLES // 2)):
-        assert heard_or_refused(path, content) == 0
-
-
-def test_other_formats_are_refused_since_nobody_checks_them(tmp_path, waves):
-    for name in ("a.aiff", "a.au", "a.w64"):
-        path = written(tmp_path / name, waves)
-        assert heard_or_refused(path, path.read_bytes()[:50000]) == 0
-
-
-def test_samples_on_the_scale_of_integers(tmp_path, waves):
-    path = written(tmp_path / "a.wav", waves * 12000, subtype="FLOAT")
-    with pytest.raises(sampling.UserError, match=f"{path}.*{waves.abs().max() * 12000:g}"):
+@pytest.mark.parametrize("name", ["a.aiff", "a.au", "a.w64"])
+def test_other_formats_are_refused_since_nobody_checks_them(tmp_path, name):
+    path = written(tmp_path / name, torch.ones(RATE) / 9)
+    with pytest.raises(sampling.UserError, match=f"{path} .*not wav, flac, ogg or mp3"):
         sampling.load_audio(path, RATE)
 
 
-def test_a_length_is_looked_at_before_anything_is_decoded(tmp_path):
-    """Hours of silence take little room in a file, and two billion samples a second none at all."""
-    code = ("import resource, sys; from importlib import import_module\n"
-            "sampling = import_module('01_sample')\n"
-            "resource.setrlimit(resource.RLIMIT_DATA, (2 * 2**30, -1))\n"
-            "for path in sys.argv[1:]:\n"
-            "    try:\n"
-            "        sampling.load_audio(path, 16000, 30)\n"
-            "    except sampling.UserError as error:\n"
-            "        print(error)")
-    hours = tmp_path / "hours.flac"
-    with soundfile.SoundFile(str(hours), "w", RATE, 1) as file:
-        for _ in range(2 * 60):
-            file.write(torch.zeros(60 * RATE).numpy())
-    fast = written(tmp_path / "fast.wav", torch.zeros(28))
-    content = bytearray(fast.read_bytes())
-    content[24:28] = struct.pack("<I", 2 * 10**9)
-    fast.write_bytes(content)
-    done = subprocess.run([sys.executable, "-c", code, hours, fast], cwd=ROOT, text=True,
-                          capture_output=True)
-    assert not done.stderr and "7200.00 s" in done.stdout and "2000000000" in done.stdout, done
+def test_a_length_is_looked_at_before_anything_is_decoded(tmp_path, monkeypatch):
+    """Hours of silence take little room in a file, and much in memory."""
+    path = written(tmp_path / "long.flac", torch.zeros(31 * RATE))
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *args, **named: pytest.fail("too late"))
+    with pytest.raises(sampling.UserError, match=f"{path} lasts 31.00 s, more than 30 s"):
+        sampling.load_audio(path, RATE, max_seconds=30)
 
 
 @pytest.fixture
@@ -171,7 +65,8 @@ def test_unreadable_clips_are_left_out_and_keep_their_place(corpus, capsys):
     assert ".ogg" in refusal("01_sample.py", *options) or ".wav" in refusal("01_sample.py", *options)
     call("01_sample.py", *options, "--skip-unreadable")
     said = capsys.readouterr()
-    assert "empty.ogg" in said.out + said.err and "2 of 4" in said.out
+    assert all(f"left out: {corpus.parent / name}" in said.err for name in ("empty.ogg", "short.wav"))
+    assert "Round 1: 2 of 4 prompts" in said.out
     rollouts = load(run, "rollouts")
     order = [str(n) for n in sampling.next_slice(4, 0, 4, 0)]
     assert [rollout["id"] for rollout in rollouts["prompts"]] == [n for n in order if n in "03"]
@@ -185,8 +80,28 @@ def test_unreadable_clips_are_left_out_and_keep_their_place(corpus, capsys):
 def test_a_corpus_of_which_nothing_can_be_read(corpus):
     (corpus.parent / "a.ogg").write_bytes(b"")
     (corpus.parent / "d.ogg").unlink()
-    assert "none" in refusal("01_sample.py", "--run", corpus.parent / "run", *SMALL,
-                             "--manifest", corpus, "--num-prompts", 4, "--skip-unreadable")
+    assert "none of the 4" in refusal("01_sample.py", "--run", corpus.parent / "run", *SMALL,
+                                      "--manifest", corpus, "--num-prompts", 4, "--skip-unreadable")
+
+
+@pytest.mark.parametrize("where", ["load_audio", "soundfile.SoundFile", "resample", "encode", "check_ending"])
+@pytest.mark.parametrize("error", [NameError("nmae"), TypeError("not callable"), AttributeError("no attribute"),
+                                   torch.OutOfMemoryError("CUDA out of memory"), MemoryError()],
+                         ids=lambda error: type(error).__name__)
+def test_a_clip_is_not_left_out_because_of_a_bug_or_a_full_memory(tmp_path, monkeypatch, capsys, where, error):
+    """In a load_audio or encode that someone has edited: the bug is to be seen, with its traceback."""
+    def broken(*args, **named):
+        raise error
+
+    soundfile.write(tmp_path / "a.wav", torch.ones(8000).numpy() / 9, 8000)  # so that it is resampled
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(
+        {"audio": "a.wav", "prompt": "Translate.", "reference": "Hallo."}))
+    monkeypatch.setattr(f"01_sample.{where}", broken)
+    options = ["--run", tmp_path / "run", *SMALL, "--manifest", tmp_path / "manifest.jsonl", "--skip-unreadable"]
+    with pytest.raises(type(error)) as raised:
+        sampling.main(parsed("01_sample.py", *options))
+    assert raised.value is error and "left out" not in "".join(capsys.readouterr())
+    assert not (tmp_path / "run").exists()
 
 
 # Models and adapters.
@@ -238,7 +153,8 @@ def test_weights_that_are_no_numbers(tmp_path, rounds):
     assert not (run / "eval.csv").exists()
 
 
-def test_an_update_that_ends_in_nan_is_not_saved(tmp_path, rounds, monkeypatch):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_that_ends_in_no_number_is_not_saved(tmp_path, rounds, monkeypatch, value):
     run = shutil.copytree(rounds.ready, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
     step = torch.optim.AdamW.step
@@ -246,10 +162,10 @@ def test_an_update_that_ends_in_nan_is_not_saved(tmp_path, rounds, monkeypatch):
     def overflowing(optimizer):
         step(optimizer)
         with torch.no_grad():
-            optimizer.param_groups[0]["params"][0].fill_(math.nan)
+            optimizer.param_groups[0]["params"][0].fill_(value)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
-    with pytest.raises(sampling.UserError, match="not saved"):
+    with pytest.raises(sampling.UserError, match="not saved.*--learning-rate"):
         training.main(parsed("05_train.py", "--run", run, "--prompts-per-step", 2))
     assert before == {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
 
@@ -348,7 +264,7 @@ def test_what_comes_from_data_cannot_steer_the_terminal(handmade, capsys):
 def test_an_empty_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script, options in (("01_sample.py", SMALL), ("03_tree.py", [])):
-        assert "--run" in refusal(script, "--run", "", *options)
+        assert "No such file or directory: ''" in refusal(script, "--run", "", *options)
     assert not list(tmp_path.iterdir())
 
 
@@ -360,25 +276,24 @@ def test_a_temperature_that_underflows_is_greedy(demo, prompt_embeds):
 
 
 def test_a_second_stage_in_the_same_folder(tmp_path, rounds):
-    """Refused while the first is at work there, and not afterwards."""
+    """Refused while the first is at work there, and not afterwards, even if that was stopped."""
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
-    with sampling.only_stage(run):
-        assert "another stage" in refusal("03_tree.py", "--run", run)
+    other = shutil.copytree(run, tmp_path / "other")
+    before = (run / "tree.pt").read_bytes()
+
+    def main(args):
+        assert f"another stage is at work in {run}" in refusal("03_tree.py", "--run", run)
+        assert (run / "tree.pt").read_bytes() == before
+        call("03_tree.py", "--run", other)
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="stopped"):
+        sampling.run_stage(main, lambda: parsed("03_tree.py", "--run", run))
     call("03_tree.py", "--run", run)
+    assert not [path for path in run.iterdir() if "lock" in path.name]
 
 
-def test_a_folder_that_cannot_be_written_is_noticed_first(tmp_path, rounds, monkeypatch):
-    run = shutil.copytree(rounds.sampled, tmp_path / "run")
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
-    monkeypatch.setattr(sampling, "load_model", lambda *args, **named: pytest.fail("too late"))
-    began = time.time()
-    assert str(run) in refusal("02_surprisal.py", "--run", run)
-    assert time.time() - began < 5
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
-    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ...")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_memory_that_is_full(tmp_path, error):
     def main(args):
         raise error
@@ -386,17 +301,6 @@ def test_memory_that_is_full(tmp_path, error):
     with pytest.raises(SystemExit) as stop:
         sampling.run_stage(main, lambda: parsed("03_tree.py", "--run", tmp_path))
     assert "memory" in stop.value.code and "--prompts-per-batch" in stop.value.code
-
-
-def test_a_clip_is_not_left_out_because_memory_is_full(tmp_path, monkeypatch, capsys):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(sampling, "encode", full)
-    with pytest.raises(SystemExit, match="memory is full"):
-        options = ["--run", tmp_path, *SMALL, "--skip-unreadable"]
-        sampling.run_stage(sampling.main, lambda: parsed("01_sample.py", *options))
-    assert "left out" not in "".join(capsys.readouterr())
 
 
 def test_python_without_docstrings_and_without_output(rounds, tmp_path):

@@ -1,10 +1,10 @@
-"""The picture of the tree in 03 and 04: whole, in order, on one line each, with the right numbers."""
+"""Is the tree that 03 and 04 draw whole and in order, a line each, with the right numbers?"""
 import random
 import re
 from importlib import import_module
 
 import pytest
-from conftest import EQUAL_REWARDS, NESTED, IDENTICAL, call, handmade_prompt, load, padded
+from conftest import EQUAL_REWARDS, IDENTICAL, NESTED, call, handmade_prompt, load, padded
 
 sampling = import_module("01_sample")
 tree = import_module("03_tree")
@@ -12,15 +12,10 @@ tree = import_module("03_tree")
 WIDE = 200
 
 
-def tree_of(responses, lengths, boundaries):
-    """One prompt of tree.pt with these boundaries."""
-    groups = [tree.group_prefixes(responses, lengths, b) for b in boundaries]
-    return tree.pack_tree(boundaries, groups, len(lengths))
-
-
 def rows_of(prompt, boundaries):
-    found = tree.unpack_tree(tree_of(prompt["responses"], prompt["lengths"], boundaries))
-    return list(tree.tree_rows(*found, prompt["lengths"]))
+    """The rows of a prompt that is cut at these boundaries."""
+    groups = [tree.group_prefixes(prompt["responses"], prompt["lengths"], b) for b in boundaries]
+    return list(tree.tree_rows(boundaries, groups, prompt["lengths"]))
 
 
 def drawn(prompt, boundaries, width=WIDE):
@@ -44,14 +39,9 @@ def texts_along(lines, K):
     return texts, endings
 
 
-def test_unpacking_gives_back_boundaries_and_groups():
-    responses, lengths = padded(NESTED)
-    assert tree.unpack_tree(tree_of(responses, lengths, [2, 4])) == ([2, 4], [[[0, 1, 2]], [[0, 1]]])
-    responses, lengths = padded(IDENTICAL)
-    assert tree.unpack_tree(tree_of(responses, lengths, [2, 4])) == ([2, 4], [[[0, 2], [1, 3]]] * 2)
-    assert tree.unpack_tree(tree_of(responses, lengths, [])) == ([], [])
-    responses, lengths = padded([[5, 6, 7], [8, 6, 7]])  # a boundary without a node
-    assert tree.unpack_tree(tree_of(responses, lengths, [2])) == ([2], [[]])
+def test_a_boundary_without_a_node_cuts_nothing():
+    assert rows_of(handmade_prompt([[5, 6, 7], [12, 6, 7]]), [2]) == [
+        ("├─ ", [0], 0, 0, 3), ("└─ ", [1], 0, 0, 3)]
 
 
 def test_rows_of_a_nested_tree():
@@ -157,7 +147,7 @@ def printed(capsys, script, run, number):
     call(script, "--run", run, "--show", number)
     lines = [line for line in capsys.readouterr().out.splitlines() if "─ " in line]
     prompt, found = (load(run, name)["prompts"][number] for name in ("rollouts", "tree"))
-    rows = list(tree.tree_rows(*tree.unpack_tree(found), prompt["lengths"]))
+    rows = list(tree.tree_rows(found["boundaries"], found["groups"], prompt["lengths"]))
     assert len(lines) == len(rows)
     return prompt, [(row, line, [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", line)])
                     for row, line in zip(rows, lines)]
@@ -191,7 +181,7 @@ def test_04_prints_the_credit_it_wrote(capsys, handmade, number, terms):
     assert (handmade / "advantages.pt").read_bytes() == whole
     prompt, found, earned = (load(handmade, name)["prompts"][number]
                              for name in ("rollouts", "tree", "advantages"))
-    rows = tree.tree_rows(*tree.unpack_tree(found), prompt["lengths"])
+    rows = tree.tree_rows(found["boundaries"], found["groups"], prompt["lengths"])
     for (_, members, k, start, end), line in zip(rows, lines, strict=True):
         numbers = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", line)]
         value = earned["rewards"][members].mean().item()

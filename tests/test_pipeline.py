@@ -1,4 +1,4 @@
-"""The six scripts, run as a user runs them: their files, their tables, and that they repeat."""
+"""Do the six scripts write and print what they say, run as a user runs them, and the same again?"""
 import contextlib
 import csv
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, SCRIPTS, TEST, TRAIN, call, load, parsed, sampled_round
+from conftest import MODEL, SCRIPTS, SMALL, TEST, TRAIN, call, load, parsed, sampled_round
 from safetensors.torch import load_file, save_file
 
 sampling = import_module("01_sample")
@@ -61,6 +61,17 @@ def test_rollouts_hold_the_examples_of_the_manifest(pipeline):
         assert example["audio"].endswith(prompt["audio"])
 
 
+def test_every_column_of_a_manifest_reaches_the_rewards(tmp_path):
+    """Whoever writes another reward may need more than the reference."""
+    more = {"speaker": 7, "others": ["Hallo!", "Guten Tag."], "weight": 0.5, "checked": None}
+    row = {"id": "a", "audio": str(TRAIN.parent / "train" / "000.ogg"), "prompt": "Translate.",
+           "reference": "Hallo.", **more}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    call("01_sample.py", "--run", tmp_path / "run", *SMALL, "--manifest", tmp_path / "mine.jsonl")
+    [prompt] = load(tmp_path / "run", "rollouts")["prompts"]
+    assert {name: prompt[name] for name in row} == row
+
+
 def test_surprisal(pipeline):
     rollouts, scores = load(pipeline.run, "rollouts"), load(pipeline.run, "surprisal")
     assert len(scores["prompts"]) == N
@@ -77,13 +88,15 @@ def test_tree(pipeline):
     rollouts, tree = load(pipeline.run, "rollouts"), load(pipeline.run, "tree")
     assert len(tree["prompts"]) == N
     for prompt, found in zip(rollouts["prompts"], tree["prompts"]):
-        boundaries, nodes = found["boundaries"], found["nodes"]
-        M = len(nodes["boundary"])
-        assert boundaries.dtype == torch.int64 and len(boundaries) <= 2
-        assert boundaries.tolist() == sorted(set(boundaries.tolist()))
-        assert nodes["boundary"].dtype == torch.int64 and set(nodes["boundary"].tolist()) <= set(boundaries.tolist())
-        assert nodes["members"].shape == (M, K) and nodes["members"].dtype == torch.bool
-        assert (nodes["members"].sum(dim=1) >= 2).all()
+        boundaries, groups = found["boundaries"], found["groups"]
+        assert found.keys() == {"boundaries", "groups"} and len(groups) == len(boundaries) <= 2
+        assert boundaries == sorted(set(boundaries)) and all(type(b) is int for b in boundaries)
+        for b, nodes in zip(boundaries, groups):
+            members = [i for node in nodes for i in node]
+            assert all(len(node) >= 2 for node in nodes)
+            assert len(set(members)) == len(members) and set(members) <= set(range(K))
+            for node in nodes:
+                assert len({tuple(row[:b]) for row in prompt["responses"][node].tolist()}) == 1
 
 
 def test_advantages(pipeline):
@@ -94,13 +107,15 @@ def test_advantages(pipeline):
 
 
 def check_advantages(prompt, found, earned):
-    """Shapes, zeros at padding, and every token of a response in exactly one of its spans."""
+    """Keys, shapes, zeros at padding, and every token of a response in exactly one of its spans."""
     K, T = prompt["responses"].shape
     rewards = earned["rewards"]
     assert rewards.shape == (K,) and rewards.tolist() == pytest.approx(advantage.prompt_rewards(prompt))
-    members = found["nodes"]["members"].float()
-    assert earned["node_value"].shape == (len(members),)
-    torch.testing.assert_close(earned["node_value"], members @ rewards / members.sum(dim=1))
+    assert earned.keys() == {"rewards", "leaf", "grpo", "spans"}
+    spans = advantage.span_advantages(found["boundaries"], found["groups"], prompt["lengths"], rewards.tolist())
+    for row, wanted in zip(earned["spans"], spans, strict=True):
+        assert [number for span in row for number in span] == pytest.approx(
+            [number for span in wanted for number in span], abs=1e-6)
     standard = advantage.zscore(earned["spans"])
     for i, length in enumerate(prompt["lengths"].tolist()):
         starts, ends = [[span[k] for span in earned["spans"][i]] for k in (0, 1)]
@@ -123,28 +138,25 @@ def test_advantages_of_trees_made_by_hand(handmade):
     for prompt, found, earned in zip(*stages):
         check_advantages(prompt, found, earned)
     nested, identical, _ = stages[1]
-    assert nested["boundaries"].tolist() == [2, 4] and nested["nodes"]["boundary"].tolist() == [2, 4]
-    assert nested["nodes"]["members"].tolist() == [[True, True, True, False], [True, True, False, False]]
-    assert identical["nodes"]["boundary"].tolist() == [2, 2, 4, 4]
+    assert nested == {"boundaries": [2, 4], "groups": [[[0, 1, 2]], [[0, 1]]]}
+    assert identical == {"boundaries": [2, 4], "groups": [[[0, 2], [1, 3]]] * 2}
     assert stages[2][2]["leaf"].eq(0).all() and stages[2][2]["grpo"].eq(0).all()
 
 
 def test_a_larger_budget_and_none(handmade):
     call("03_tree.py", "--run", handmade, "--fork-budget", 0)
-    assert all(len(found["boundaries"]) == len(found["nodes"]["members"]) == 0
-               for found in load(handmade, "tree")["prompts"])
+    assert load(handmade, "tree")["prompts"] == [{"boundaries": [], "groups": []}] * 3
     call("04_advantage.py", "--run", handmade)  # LEAF without a tree: every response for itself
     assert all(len(row) == 1 for earned in load(handmade, "advantages")["prompts"] for row in earned["spans"])
     call("03_tree.py", "--run", handmade, "--fork-budget", 4)
-    assert load(handmade, "tree")["prompts"][0]["boundaries"].tolist() != [2, 4]
+    assert load(handmade, "tree")["prompts"][0]["boundaries"] != [2, 4]
 
 
 def test_rewards_all_alike_are_said(handmade, capsys):
     call("03_tree.py", "--run", handmade)
     capsys.readouterr()
     call("04_advantage.py", "--run", handmade, "--show", 2)
-    said = capsys.readouterr().out
-    assert "alike" in said and "1 of them" in said
+    assert "1 of them have all rewards equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rewards", [[1, 0, 1, 1], [True, False, False, False]])
@@ -198,12 +210,35 @@ def test_train_csv(pipeline):
     assert float(rows[0]["kl"]) == 0 and float(rows[0]["clipped"]) == 0
 
 
+def test_prompts_may_have_other_numbers_of_responses(tmp_path, rounds):
+    """K is that of a prompt: here 4 and 3, through all stages; the statistics are over all 7."""
+    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+    rollouts = load(run, "rollouts")
+    second = rollouts["prompts"][1]
+    second |= {name: second[name][1:] for name in ("responses", "lengths", "texts", "ends")}
+    sampling.save_file(run / "rollouts.pt", rollouts)
+    call("02_surprisal.py", "--run", run)
+    call("03_tree.py", "--run", run, "--show", 1)
+    call("04_advantage.py", "--run", run, "--show", 1)
+    call("05_train.py", "--run", run, "--prompts-per-batch", 2)
+    stages = [load(run, name)["prompts"] for name in ("rollouts", "surprisal", "tree", "advantages")]
+    assert [len(score["logp_old"]) for score in stages[1]] == [len(found["leaf"]) for found in stages[3]] == [4, 3]
+    for prompt, _, found, earned in zip(*stages):
+        check_advantages(prompt, found, earned)
+    [row] = table(run / "train.csv")
+    rewards = torch.cat([earned["rewards"] for earned in stages[3]])
+    lengths = torch.cat([prompt["lengths"] for prompt in stages[0]]).float()
+    assert float(row["reward"]) == pytest.approx(rewards.mean().item(), rel=1e-4, abs=1e-6)
+    assert float(row["length"]) == pytest.approx(lengths.mean().item(), rel=1e-4)
+    assert any(weight.any() for name, weight in adapter_of(run).items() if "lora_B" in name)
+
+
 def test_05_prints_a_line_per_update(tmp_path, rounds, capfd):
     """As the update happens, and with the numbers of train.csv."""
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
     call("05_train.py", "--run", run, "--prompts-per-step", 1)
     found = re.findall(r"step (\d+) \| reward ([\d.]+) \| alike ([\d.]+) \| kl ([\d.]+) \| clipped ([\d.]+)% "
-                       r"\| length ([\d.]+) \| grad ([\d.]+) \| ([\d.]+) s\n", capfd.readouterr().out)
+                       r"\| length ([\d.]+) \| grad ([\d.]+) \| ([\d.]+) s\n", capfd.readouterr().err)
     columns = "step reward alike kl clipped length grad_norm seconds".split()
     rows = table(run / "train.csv")
     assert [row["step"] for row in rows] == [line[0] for line in found] == ["1", "2"]
@@ -213,21 +248,25 @@ def test_05_prints_a_line_per_update(tmp_path, rounds, capfd):
         assert shown == pytest.approx({name: float(row[name]) for name in columns}, abs=0.051)
 
 
-def test_a_log_file_has_each_line_of_05_at_once(tmp_path, rounds, monkeypatch):
-    run = shutil.copytree(rounds.sampled, tmp_path / "run")
+def test_the_lines_of_05_stand_beside_its_bar(pipeline):
+    """`05 > log` has the summary alone, and `05 | head` stops no training."""
+    for turn in pipeline.said:
+        assert turn["05_train.py"].stdout.startswith("Round ") and turn["05_train.py"].stdout.count("\n") == 1
+        assert "step " in turn["05_train.py"].stderr
+
+
+def test_a_log_file_has_each_line_at_once(tmp_path):
     log = tmp_path / "log"
-    lines = []  # in the log, at each row of train.csv
-    save_file = sampling.save_file
+    found = []
 
-    def save_and_look(path, content):
-        if Path(path).name == "train.csv":
-            lines.append(log.read_text().count("step "))
-        save_file(path, content)
+    def main(args):
+        for line in ("one", "two"):
+            print(line)
+            found.append(log.read_text())
 
-    monkeypatch.setattr(sampling, "save_file", save_and_look)
     with open(log, "w") as file, contextlib.redirect_stdout(file):
-        call("05_train.py", "--run", run, "--prompts-per-step", 1)
-    assert lines == [1, 2]
+        sampling.run_stage(main, lambda: parsed("03_tree.py", "--run", tmp_path / "run"))
+    assert found == ["one\n", "one\ntwo\n"]
 
 
 def test_eval_csv(pipeline):

@@ -1,4 +1,4 @@
-"""The page of a run: whole, escaped, of the stages' numbers, and on its own."""
+"""Is the page of a run whole, escaped, of the stages' numbers, and on its own?"""
 import csv
 import json
 import re
@@ -88,8 +88,8 @@ def test_each_prompts_tree_with_the_numbers_of_the_stages(run):
     stages = [load(run, name)["prompts"] for name in ("rollouts", "tree", "advantages", "surprisal")]
     assert len(prompts) == len(stages[0]) == 3
     for shown, rollout, prompt_tree, credit, scores in zip(prompts, *stages):
-        boundaries, groups = tree.unpack_tree(prompt_tree)
-        rows = list(tree.tree_rows(boundaries, groups, rollout["lengths"]))
+        boundaries = prompt_tree["boundaries"]
+        rows = list(tree.tree_rows(boundaries, prompt_tree["groups"], rollout["lengths"]))
         assert shown["boundaries"] == boundaries
         assert ["".join(tokens) for tokens in shown["tokens"]] == rollout["texts"]
         assert [(row["members"], row["start"], row["end"]) for row in shown["rows"]] == [
@@ -215,8 +215,7 @@ def test_forks(run, capsys):
     trees, credits = load(run, "tree")["prompts"], load(run, "advantages")["prompts"]
     counted = [0, 0, 0]
     for prompt_tree, credit in zip(trees, credits):
-        for b in prompt_tree["boundaries"]:
-            nodes = prompt_tree["nodes"]["members"][prompt_tree["nodes"]["boundary"] == b]
+        for nodes in prompt_tree["groups"]:
             spreads = [credit["rewards"][node].max() - credit["rewards"][node].min() for node in nodes]
             counted = [x + y for x, y in zip(counted, (1, len(nodes) > 0, any(s > 0 for s in spreads)))]
     assert [boundaries, fork, usable] == counted and 0 < usable < fork

@@ -1,4 +1,5 @@
-"""The repository: docstring examples, requirements, what 03 and 04 load, and the demo that ships."""
+"""Is the repository what it says: six short scripts, true examples, few imports, a small demo?"""
+import ast
 import doctest
 import subprocess
 import sys
@@ -14,6 +15,21 @@ MEGABYTE = 1e6
 
 def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_six_scripts_are_short():
+    assert sorted(path.name for path in ROOT.glob("*.py")) == SCRIPTS
+    lines = [line for script in SCRIPTS for line in (ROOT / script).read_text(encoding="utf-8").splitlines()]
+    assert len(lines) <= 1565
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_story_comes_first(script):
+    """A reader finds main below the imports, above every other function and class."""
+    body = ast.parse((ROOT / script).read_text(encoding="utf-8")).body
+    defined = [part.name for part in body if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
+    assert defined[0] == "main"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

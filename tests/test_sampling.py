@@ -1,4 +1,4 @@
-"""Listening and sampling: what the language model hears, and what it is made to say."""
+"""What does the language model hear, and is what it says drawn from its own distribution?"""
 from importlib import import_module
 
 import pytest
@@ -55,8 +55,6 @@ def test_system_prompt_and_raw_prompt(demo):
     raw = sampling.render_prompt(processor, "Translate.", raw=True)
     assert raw.endswith("Translate.") and "<|im_start|>" in asked and "<|im_start|>" not in raw
 
-
-# The output head.
 
 # One token.
 

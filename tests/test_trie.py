@@ -1,4 +1,4 @@
-"""The trie: its layout, and that one pass over it equals one pass per response."""
+"""Is one pass over a trie equal to one pass per response? And is the trie laid out right?"""
 import random
 from importlib import import_module
 
@@ -35,9 +35,8 @@ def apart(model, embeds, responses, lengths):
 
 def together(model, embeds, responses, lengths):
     """The same from one pass over the trie."""
-    tokens, parents, depths, node = scoring.build_trie(responses, lengths)
-    logp = scoring.trie_logps(model, embeds, tokens, parents, depths)
-    return logp[node].masked_fill(torch.arange(node.shape[1]) >= lengths[:, None], 0.0)
+    return scoring.score_responses(
+        model, [{"embeds": embeds, "responses": responses, "lengths": lengths}])[0]
 
 
 @pytest.fixture(scope="module")
