@@ -1,4 +1,4 @@
-"""Manifests of the paper's data, from the folders that the README's commands fetch.
+"""Manifests of the paper's data, from the folders that the commands in tests/recipes.md fetch.
 
 Run     python tests/recipes.py librisqa FOLDER      questions about LibriSpeech, answered
         python tests/recipes.py covost2 FOLDER       Common Voice, translated into German
@@ -7,6 +7,7 @@ Writes  FOLDER/train.jsonl, FOLDER/test.jsonl
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 
 LIBRISQA_PROMPT = "Listen to the audio <audio> and answer the following question: "
@@ -45,11 +46,14 @@ def main():
     parser.add_argument("corpus", choices=["librisqa", "covost2"])
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    manifests = {"librisqa": librisqa, "covost2": covost2}[args.corpus](args.folder)
+    try:
+        manifests = {"librisqa": librisqa, "covost2": covost2}[args.corpus](args.folder)
+    except OSError as error:
+        sys.exit(f"{error.filename} cannot be read: tests/recipes.md says how to get it")
     for split, rows in manifests.items():
         path = args.folder / f"{split}.jsonl"
         if not rows:
-            parser.error(f"no prompts for {path}: do the files lie where the README puts them?")
+            sys.exit(f"no prompts for {path}: do the files lie where tests/recipes.md puts them?")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path.write_text("".join(lines), encoding="utf-8")
         print(f"{len(rows)} prompts -> {path}")

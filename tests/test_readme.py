@@ -1,13 +1,14 @@
-"""The README's commands; the data recipes run on made-up files in the layout of the original ones."""
+"""The README's commands; the data recipes of tests/recipes.md on made-up files in the original layout."""
 import json
 import re
 import subprocess
 import sys
 from importlib import import_module
 
+import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import ROOT, shell
 
 sampling = import_module("01_sample")
 
@@ -22,7 +23,7 @@ def test_ci_runs_the_readmes_line():
 
 
 def run_recipe(corpus, folder):
-    """Write the manifests of a corpus as the README's command does."""
+    """Write the manifests of a corpus as the command in tests/recipes.md does."""
     subprocess.run([sys.executable, "tests/recipes.py", corpus, folder], cwd=ROOT, check=True)
 
 
@@ -69,3 +70,12 @@ def test_covost2(tmp_path):
     for example in found["train"] + found["test"]:
         assert example["prompt"] == "<audio> Listen to the speech and translate it into German."
         assert len(sampling.load_audio(example["audio"], 16000)) > 7000
+
+
+@pytest.mark.parametrize("corpus, missing", [("librisqa", "LibriSQA-PartI-train.json"),
+                                             ("covost2", "covost_v2.en_de.tsv")])
+def test_a_recipe_without_its_files_says_what_is_missing(tmp_path, corpus, missing):
+    done = shell("tests/recipes.py", corpus, tmp_path)
+    [sentence] = done.stderr.splitlines()
+    assert done.returncode == 1 and missing in sentence and "tests/recipes.md" in sentence
+    assert not list(tmp_path.iterdir())

@@ -122,6 +122,18 @@ def test_encoded_clips_are_what_01_gives_the_language_model(parts):
     assert len(clips) == 5 and "samples" not in clips[0]
 
 
+def test_without_a_hub_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+    """conftest.py sets HF_HUB_OFFLINE; the part that is asked for is in no cache."""
+    monkeypatch.setattr(sys, "argv", ["make_real.py", "--encoder", "nobody/has-this",
+                                      "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        make_real.main()
+    sentence = stop.value.code
+    assert isinstance(sentence, str) and len(sentence.splitlines()) == 1
+    assert "nobody/has-this" in sentence and "--encoder" in sentence
+    assert not (tmp_path / "out").exists()
+
+
 # What is learned.
 
 def test_the_size_of_the_embeddings_plays_no_part():

@@ -396,6 +396,7 @@ def write_manifests(out, split, examples, seed):
 def train(model, processor, args):
     """Both phases, on announcements that no test clip says; writes args.trained."""
     torch.manual_seed(args.seed)
+    args.scratch.mkdir(parents=True, exist_ok=True)
     folder = tempfile.TemporaryDirectory()
     telephone = make_demo.Telephone(args.sounds, folder.name)
     rng = random.Random(0)  # as in make_demo.py: the same clips
@@ -442,7 +443,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    model, processor = assemble(args.encoder, args.language_model)
+    try:
+        model, processor = assemble(args.encoder, args.language_model)
+    except OSError as error:  # no network, no such name, no such folder
+        reason = str(error).splitlines()[0].rstrip(".")
+        sys.exit(f"{args.encoder} or {args.language_model} cannot be loaded ({reason}): connect to "
+                 "the hub once, or give their folders by --encoder and --language-model")
     if args.train:
         train(model, processor, args)
         model, processor = assemble(args.encoder, args.language_model)
