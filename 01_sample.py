@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import sys
+import unicodedata
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,13 +75,16 @@ def main(args):
 def sample_all(model, embeds, prompts_per_batch, K, max_new_tokens, temperature, top_p):
     """sample_responses for any number of prompts; those of similar length share a batch."""
     order = sorted(range(len(embeds)), key=lambda n: len(embeds[n]))
-    sampled = [None] * len(embeds)
+    P = len(embeds[order[-1]])
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if P + max_new_tokens > limit:  # beyond it a model writes gibberish, without an error
+        raise UserError(f"a prompt of {P} + --max-new-tokens {max_new_tokens} are above {limit}")
+    sampled = {}
     for batch in tqdm(chunks(order, prompts_per_batch), desc="sampling", unit="batch"):
         pairs = sample_responses(model, [embeds[n] for n in batch], K, max_new_tokens,
                                  temperature, top_p)
-        for n, pair in zip(batch, pairs):
-            sampled[n] = pair
-    return sampled
+        sampled.update(zip(batch, pairs))
+    return [sampled[n] for n in range(len(embeds))]
 
 @torch.inference_mode()
 def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
@@ -200,6 +204,8 @@ def read_manifest(path):
                 raise UserError(f'{where} lacks "{key}", a string that is not empty')
         if row["prompt"].count("<audio>") > 1:
             raise UserError(f"{where} has <audio> more than once")
+        for key in ("prompt", "reference"):  # ä may be one character or two: BLEU compares them
+            row[key] = unicodedata.normalize("NFC", row[key])
         row_id = line_number if row.get("id") is None else row["id"]
         audio = Path(path).parent / row["audio"]
         examples.append({**row, "id": str(row_id), "audio": str(audio)})
@@ -276,15 +282,11 @@ def render_prompt(processor, prompt, system_prompt="", raw=False):
             messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     if audio_token not in rendered:
         raise UserError(f"the chat template leaves out {audio_token}: try --raw-prompt")
-    bos = processor.tokenizer.bos_token_id
-    if processor.tokenizer(rendered).input_ids[:2] == [bos, bos]:  # the tokenizer adds one as well
-        rendered = rendered.removeprefix(processor.tokenizer.bos_token)
     return rendered
 
 def load_audio(path, rate, max_seconds=3600):
     """A recording (wav, flac, ogg, mp3; any rate, any channels) as float32 mono (S,) at `rate` Hz.
-    UserError, naming the file, if it is missing, corrupt, empty or longer than max_seconds. One
-    that was cut off may pass: tests/check_recordings.py looks closer, at a whole manifest."""
+    UserError for a bad one. One that was cut off may pass: see tests/check_recordings.py."""
     with (as_user_error(f"{path} is missing, corrupt, or not wav, flac, ogg or mp3", BAD_INPUT),
           open(path, "rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound):
         if sound.format not in ("WAV", "WAVEX", "FLAC", "OGG", "MP3"):
@@ -292,11 +294,10 @@ def load_audio(path, rate, max_seconds=3600):
         seconds = sound.frames / sound.samplerate  # by the header: nothing is decoded yet
         if seconds > max_seconds:
             raise UserError(f"{path} lasts {seconds:.2f} s, more than {max_seconds:g} s")
-        old_rate = sound.samplerate
         wave = torch.from_numpy(sound.read(dtype="float32", always_2d=True)).mean(dim=1)  # (S,)
     if len(wave) == 0 or not wave.isfinite().all():
         raise UserError(f"{path} is empty or corrupt: no samples, or some are NaN or infinite")
-    return wave if old_rate == rate else resample(wave, old_rate, rate)
+    return wave if sound.samplerate == rate else resample(wave, sound.samplerate, rate)
 
 def resample(wave, old_rate, new_rate):
     """wave (S,) at old_rate Hz -> (ceil(S new / old),) float32 at new_rate, by its spectrum."""
@@ -355,6 +356,8 @@ def load_model(model, adapter=None, device="cpu", audio=True):
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries
     options = {"trust_remote_code": False}  # a model's own Python code is not run, nor asked about
+    if not Path(model, "config.json").exists() and Path(model, "adapter_config.json").exists():
+        raise UserError(f"{model} is an adapter: merge it into its model first (README)")
     name = f"{model} with {adapter}" if adapter else model
     with as_user_error(f"cannot load {name} on {device}"):
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -445,7 +448,6 @@ def parse_args():
     return parser.parse_args()
 
 # -- Shared by all stages: files, flags and errors. Nothing about LEAF below this line. ----------
-
 WRITTEN_BY = {"rollouts": "01_sample.py", "surprisal": "02_surprisal.py", "tree": "03_tree.py",
               "advantages": "04_advantage.py"}  # the stage files, in order
 BAD_INPUT = (OSError, RuntimeError, ValueError)  # what libraries raise for it; a bug raises others
@@ -463,7 +465,8 @@ def as_user_error(sentence, kinds=Exception):
     except kinds as error:  # each library has exceptions of its own for what it cannot read
         if "can't allocate" in str(error):  # torch has no kind of its own for a CPU's memory
             raise
-        raise UserError(f"{sentence}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]  # no advice
+        raise UserError(f"{sentence}: {reason[:300]}") from error
 
 def run_stage(main, parse_args):
     """main(parse_args()), alone in the run's folder. A user's mistake ends it with one sentence."""
@@ -471,6 +474,9 @@ def run_stage(main, parse_args):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args = parse_args()
+        needed = getattr(args, "manifest", args.run)
+        if not os.path.exists(args.run) and not os.path.exists(needed):
+            raise UserError(f"{needed!r} is not here: run 01_sample.py first, in its own folder")
         Path(args.run).mkdir(parents=True, exist_ok=True)
         folder = os.open(args.run, os.O_RDONLY)
         try:
@@ -511,6 +517,9 @@ def save_file(path, content):
                 file.write(content.encode(errors="surrogateescape"))  # bytes stay as they were read
             else:
                 torch.save(content, file)
+        if not isinstance(content, str):
+            with as_user_error(f"{path} takes tensors, numbers, text, lists and dicts alone"):
+                torch.load(part, weights_only=True, mmap=True)
         os.replace(part, path)
 
 def save_stage(run, name, meta, prompts):
@@ -531,7 +540,8 @@ def load_stage(run, name, rollouts=None):
         stage = torch.load(path, weights_only=True, mmap=True)  # mmap: read where it is used
         made_from = stage["meta"]["id"], len(stage["prompts"])
     if rollouts and made_from != (rollouts["meta"]["id"], len(rollouts["prompts"])):
-        raise UserError(f"{path} was made from other rollouts than {run}/rollouts.pt: {advice}")
+        raise UserError(f"{path} was made from other rollouts than {run}/rollouts.pt, which has "
+                        f"{len(rollouts['prompts'])} prompts ({made_from[1]} here): {advice}")
     return stage
 
 def read_state(run, rollouts=None):
@@ -542,7 +552,7 @@ def read_state(run, rollouts=None):
     folder = Path(run) / "adapter"
     state = {"round": 0, "step": 0, "seen": 0, "policy_id": None, "adapter": None}
     if folder.exists():
-        with as_user_error(f"{folder} lacks a complete training.json (delete it to start over)"):
+        with as_user_error(f"{folder} lacks a whole training.json (delete it; merge one of yours)"):
             state |= {**json.loads((folder / "training.json").read_text()), "adapter": folder}
     if rollouts and rollouts["meta"].get("policy_id") != state["policy_id"]:
         raise UserError(f"{run}/rollouts.pt was not sampled by {folder}: run 01_sample.py first")

@@ -55,7 +55,9 @@ def main(args):
     for rollout, surprisal in zip(rollouts["prompts"], surprisals):
         if not surprisal.isfinite().all():
             raise sampling.UserError(f"a surprisal of {rollout['id']} is NaN or infinite")
-        boundaries = select_boundaries(surprisal, rollout["lengths"], args.fork_budget)
+        boundaries = sorted(set(select_boundaries(surprisal, rollout["lengths"], args.fork_budget)))
+        if not all(isinstance(b, int) and b >= 1 for b in boundaries):
+            raise sampling.UserError(f"boundaries of {rollout['id']}: {boundaries}, not int from 1")
         groups = [group_prefixes(rollout["responses"], rollout["lengths"], b) for b in boundaries]
         trees.append({"boundaries": boundaries, "groups": groups})
 

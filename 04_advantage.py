@@ -77,7 +77,7 @@ def main(args):
     prompts = []
     counts = []
     for rollout, prompt_tree in zip(rollouts["prompts"], trees["prompts"]):
-        rewards = prompt_rewards(rollout)
+        rewards = checked_rewards(prompt_rewards(rollout), rollout)
         lengths = rollout["lengths"].tolist()
         groups = prompt_tree["groups"]
         spans = span_advantages(prompt_tree["boundaries"], groups, lengths, rewards,
@@ -201,6 +201,15 @@ def count_forks(groups, rewards):
 def prompt_rewards(rollout):
     """Step 4: the rewards of a prompt's K responses, in [0, 1]. Edit here for another reward."""
     return [sentence_bleu(text, rollout["reference"]) for text in rollout["texts"]]
+
+def checked_rewards(rewards, rollout):
+    """Rewards as floats, for numbers of any kind. UserError if they are not K finite numbers."""
+    K = len(rollout["lengths"])
+    with sampling.as_user_error(f"the rewards of {rollout['id']} are not {K} finite numbers"):
+        numbers = [float(reward) for reward in rewards]
+        if len(numbers) != K or not all(map(math.isfinite, numbers)):
+            raise ValueError(rewards)
+    return numbers
 
 def sentence_bleu(hypothesis, reference, lowercase=False):
     """Sentence BLEU of a hypothesis (str) against one reference (str), in [0, 1]: sacrebleu's

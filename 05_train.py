@@ -48,6 +48,8 @@ def main(args):
     rollouts = [{**rollout, **score, **advantage} for rollout, score, advantage in prompts]
     settings = {**advantages["meta"], **vars(args)}  # of 01 to 05
     state = sampling.read_state(args.run, sampled)
+    if (Path(args.run) / "adapter").is_symlink():
+        raise sampling.UserError(f"{args.run}/adapter is a link: make {args.run} a link instead")
     train_csv = Path(args.run) / "train.csv"
     lines = earlier_lines(train_csv, settings["round"])
 

@@ -363,24 +363,6 @@ def test_nothing_is_written_for_a_model_that_is_refused(tmp_path, rounds, monkey
     assert not (run / "surprisal.pt").exists()
 
 
-# Prompts.
-
-class WithBos:
-    """A tokenizer that puts its <s> in front, whatever the text begins with; so does its template."""
-    bos_token, bos_token_id, chat_template = "<s>", 1, "its own"
-
-    def apply_chat_template(self, messages, **options):
-        return "<s>" + messages[-1]["content"]
-
-    def __call__(self, text):
-        return SimpleNamespace(input_ids=[1] * (1 + text.startswith("<s>")) + [5])
-
-
-def test_no_second_bos():
-    processor = SimpleNamespace(audio_token="<a>", chat_template=None, tokenizer=WithBos())
-    assert sampling.render_prompt(processor, "Listen: <audio>") == "Listen: <a>"
-
-
 def test_a_decoder_that_merges_speech_itself_is_stopped_at_its_first_layer(tmp_path):
     model = loaded(phi4(), tmp_path)
     ids = torch.tensor([[5, 9, 11]])

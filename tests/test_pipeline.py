@@ -265,7 +265,7 @@ def test_a_log_file_has_each_line_at_once(tmp_path):
             found.append(log.read_text())
 
     with open(log, "w") as file, contextlib.redirect_stdout(file):
-        sampling.run_stage(main, lambda: parsed("03_tree.py", "--run", tmp_path / "run"))
+        sampling.run_stage(main, lambda: parsed("03_tree.py", "--run", tmp_path))
     assert found == ["one\n", "one\ntwo\n"]
 
 
