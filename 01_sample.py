@@ -4,7 +4,7 @@ Every method of the GRPO family starts here: K complete responses to each of N s
 sampled independently from the current policy. Nothing branches: LEAF (03) finds its tree in these
 responses afterwards. A rollout is a prompt with its K responses; a round is 01 to 05, once. The
 audio encoder is frozen, so a clip is encoded once, here: 02 and 05 read the input embeddings of the
-language model from rollouts.pt. "subtle:" marks a line that looks removable but is required.
+language model from rollouts.pt. "subtle:" marks what looks removable but has a reason.
 
 Sizes   N prompts, K responses, T tokens, P prompt positions, S audio samples, H width, V vocabulary
 Reads   a manifest (a JSON object per line: audio, prompt, reference), a model, RUN/adapter if there
@@ -343,7 +343,7 @@ def embed_prompt(model, processor, wave, text, name="the clip"):
         embeds = stopped.args[0]
     else:
         raise UserError("this model's layers take no embeddings: it cannot be trained here")
-    if len(embeds) < len(processor.tokenizer(text).input_ids):  # none in the audio token's place
+    if len(embeds) < len(processor.tokenizer(text).input_ids):  # nothing replaced the audio token
         raise UserError(f"{name} is too short: the model hears nothing of it")
     return embeds
 

@@ -3,7 +3,7 @@
 The surprisal of a token is -log p(token | prompt, tokens before it), under the policy that sampled
 it (step 1 of the README): near 0 nats for a matter of course, high where an unlikely token was
 drawn. 03 looks there for the places where responses fork. p is the full softmax at temperature 1,
-also where 01 sampled otherwise: from a top-p nucleus of 0.9, or at another temperature.
+although 01 samples from a top-p nucleus of 0.9, and perhaps at another temperature.
 
 The K responses share their prompt, most of it audio, and often their first tokens. Laid out as a
 trie, in which a shared prefix stands once, they take one row per prompt: a mask shows a token the

@@ -2,7 +2,7 @@
 
 LEAF (Low-rank Exploration with Adaptive Forking) is GRPO that credits parts of a response, its
 spans, instead of all its tokens alike. This file cuts the responses to a prompt into spans, 04
-credits them, 05 trains a LoRA (low-rank) by it. Four responses, boundaries 2 and 5, | is a cut:
+credits them, and 05 trains a LoRA (low-rank). Four responses, boundaries 2 and 5, | is a cut:
 
     token     0      1      2        3         4         5         6         7
     y0        You    have | at       this      moment  | twenty    messages  .
@@ -107,7 +107,7 @@ def group_prefixes(responses, lengths, boundary):
     first `boundary` tokens, in order of their first member.
 
     A response shorter than the boundary is compared whole, so identical short responses never part.
-    Beyond their end the span of their node is empty. It counts in the z-score all the same (04).
+    Their spans beyond their end have no tokens, but count in the z-score all the same (04).
 
     responses (K, T) int64, 0 at padding; lengths (K,).
 

@@ -6,7 +6,7 @@ one advantage, (r - mean) / deviation, for all tokens of the response. LEAF asks
 
 The span of a node ends at its boundary, and begins at the cut before, or at 0. Each of its n
 members has a copy of it; what each does at the boundary is in its next span. The value V of node
-and span is the mean reward of the n. A tail has n = 1 and V = r, even if two are identical. Is a
+and span is the mean reward of the n. A tail has n = 1 and V = r; identical ones form no node. Is a
 span better than the average, V(root), and better than the span that it continues?
 
     GA = V - V(root)       the global advantage; the root is all K responses
@@ -36,18 +36,18 @@ the span that it continues: GRPO makes it more probable, LEAF less. Where all me
 on alike to the next boundary, nothing was decided: LA is 0, and GA alone counts. A first span has
 the root for its parent, so LA = GA: y3, which is all tail, has 2 (r - V(root)), as in the paper.
 
-Last, a z-score over the spans of all K responses turns credits into advantages: minus their mean,
+Last, credits become advantages by a z-score: less their mean over the spans of all K responses,
 divided by their deviation, so that each prompt pushes with about the same strength.
 
 What is new? Not GA. In GRPO a shared span gets the r - mean of each response that has a copy of it:
 in sum n GA, if they are equally long (the loss averages over a response). LA is new, and:
 
 - √n. The mean V of n independent rewards of deviation σ deviates by σ/√n. The gradient has V
-  n times, once per copy: in all √n σ, but of a tail σ. With each copy divided by √n both have
-  σ. Else most of the gradient's noise would come from spans that many share.
-- The scale. LEAF divides by the deviation, however small: where rewards hardly differ, it enlarges
-  what little differs, noise included. The paper's GRPO divides by max(deviation, 1/3). For BLEU
-  within a prompt that is often 1/3: its advantages, 3 (r - mean), stay small there.
+  n times, once per copy: its noise is √n σ, that of a tail is σ. With each copy divided by √n
+  it is σ for both. Else most of the gradient's noise would come from spans that many share.
+- The scale. LEAF divides by the deviation of the credits, however small: where rewards hardly
+  differ, it enlarges what little differs, noise included. The paper's GRPO divides r - mean by
+  max(deviation, 1/3), for BLEU within a prompt often 1/3: there small differences stay small.
 
 Sizes   K responses, T tokens in the longest, n responses in a node
 Reads   RUN/rollouts.pt: texts, reference, lengths; RUN/tree.pt
@@ -123,8 +123,8 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both", multipli
     numbers; lengths (K,); rewards (K,); terms: "both", or "global" or "local" alone; credits are
     divided by n ** multiplicity, so 0.5 is the √n, and 0 leaves it out.
 
-    Responses that end at or before the boundary of their node are identical. They get no tail: it
-    would escape the √n. Their spans may reach beyond their end; spread cuts them there."""
+    Responses that end at or before the boundary of their node are identical. Nothing is left for a
+    tail: their last span is the node's, with √n. spread cuts off what lies beyond their end."""
     K = len(lengths)
     root_value = mean_reward(rewards, range(K))
     spans = []

@@ -5,11 +5,11 @@ with a KL term. LEAF changes only the advantage of each token: `--method grpo` t
 files with the other advantages. Only a LoRA on the language model learns. The reference of the KL
 is the model without it, scored in 02. As in 02, a prompt is one row, its trie.
 
-An update follows the gradient of a few prompts. Its line says: reward, the mean of the responses
-of 01, so it can rise from round to round, not within one; alike, the share of prompts with all
-rewards equal, and so no advantage; kl, from the reference, in nats per token; clipped, the share of
-tokens whose ratio is outside 1 ± eps; length, in tokens; grad, the norm before it is clipped. It
-says no loss: at ratio 1 that is minus the mean advantage, near 0 whatever the model has learned.
+An update follows the gradient of a few prompts. Its line says: reward, the mean of 01's responses:
+it can rise from round to round, not within one; alike, the share of prompts with all rewards equal,
+so no advantage; kl, from the reference, in nats per token; clipped, the share of tokens whose ratio
+(p now / p in 01) is outside 1 ± eps; length, in tokens; grad, the norm before it is clipped. Not a
+loss: at ratio 1 that is minus the mean advantage, near 0 whatever the model has learned.
 
 Sizes   N prompts in the round, K responses to each, T tokens in the longest
 Reads   RUN/rollouts.pt, RUN/surprisal.pt, RUN/advantages.pt, the model, RUN/adapter if there
