@@ -13,6 +13,7 @@ from conftest import MODEL, SMALL, call, load, parsed
 sampling = import_module("01_sample")
 scoring = import_module("02_surprisal")
 advantage = import_module("04_advantage")
+evaluation = import_module("06_eval")
 
 
 # 01.
@@ -166,3 +167,11 @@ def test_the_reward_minds_case():
     texts = ["Sie haben nur zwei neue Nachrichten.", "sie haben nur zwei neue nachrichten."]
     same, lower = advantage.prompt_rewards({"texts": texts, "reference": texts[0]})
     assert same == 1 and 0 < lower < 0.9
+
+
+# 06.
+
+def test_an_exact_match_is_of_the_words_with_case_and_punctuation():
+    greedy = ["Guten  Tag. ", "guten Tag.", "Guten Tag", "Guten Tag."]
+    found = evaluation.scores([[text] for text in greedy], greedy, ["Guten Tag.\n"] * 4)
+    assert found["exact_match"] == "50.0"

@@ -35,7 +35,7 @@ def serve(address, model):
         if child == 0:
             for number, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, number)
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # that of the server may be a file
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
             status = execute(*json.loads(message))
             sys.stdout.flush()
             os._exit(status)  # at once: to tear all libraries down would take a second
