@@ -32,6 +32,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::FutureWarning")  # of the libraries
 
 
+def pytest_collection_finish(session):
+    """What takes long and needs no fixture runs on the second core, beside the tests."""
+    for module in {item.module for item in session.items}:
+        if hasattr(module, "begin") and not session.config.option.collectonly:
+            module.begin()
+
+
 def call(script, *options):
     """Run a script in this process, as `python script options` would."""
     with pytest.MonkeyPatch.context() as patch:

@@ -185,7 +185,7 @@ def test_a_model_by_its_relative_and_its_absolute_path(tmp_path, rounds):
 
 def test_from_another_folder(tmp_path):
     """The sentence says where to run it, and no empty runs/ is left behind."""
-    for script in ("01_sample.py", "02_surprisal.py", "06_eval.py"):
+    for script in ("01_sample.py", "02_surprisal.py"):
         done = subprocess.run([sys.executable, ROOT / script], cwd=tmp_path, capture_output=True, text=True)
         [sentence] = done.stderr.splitlines()
         assert done.returncode == 1 and "folder" in sentence and "01_sample.py" in sentence

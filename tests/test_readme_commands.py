@@ -8,6 +8,7 @@ that has loaded the libraries (tests/warm_python.py): every command ends well, l
 next ones read, and changes nothing outside runs/. Only the full form, minutes long, starts `python` as a
 reader does, and holds the README's numbers: LEAF_FULL_README=1 python -m pytest -s tests/test_readme_commands.py
 """
+import contextlib
 import csv
 import hashlib
 import os
@@ -15,7 +16,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,19 +43,10 @@ def contents(project):
             if path.is_file() and path.relative_to(project).parts[0] != "runs" and path.suffix != ".pyc"}
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A copy of the project, without what git ignores."""
-    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("reader") / "project",
-                                ignore=shutil.ignore_patterns(".git", *ignored)))
-
-
-@pytest.fixture(scope="module")
-def bash(project, tmp_path_factory):
-    """Runs code by `bash -e` in the project. A `python` that fails is noticed, also in a loop that
-    ends with `|| break`. What is printed on stdout is returned, all of it is shown after a failure."""
-    folder = tmp_path_factory.mktemp("bin")
+@contextlib.contextmanager
+def bash_in(project, folder, times):
+    """A function that runs code by `bash -e` in the project. A `python` that fails is noticed, also in
+    a loop that ends with `|| break`. It returns what is printed on stdout, and adds to `times`."""
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
                    "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     failures = folder / "failures"
@@ -66,7 +60,7 @@ def bash(project, tmp_path_factory):
         began = time.time()
         done = subprocess.run(["bash", "-ec", code], cwd=project, env=environment, text=True, encoding="utf-8",
                               stdin=subprocess.DEVNULL, capture_output=True)
-        print(f"{time.time() - began:6.1f} s  {code.splitlines()[0]}")
+        times.append(f"{time.time() - began:6.1f} s  {code.splitlines()[0]}")
         failed = failures.read_text() if failures.exists() else ""
         assert done.returncode == 0 and not failed, f"{code}\n{done.stdout}{done.stderr}\nfailed: {failed}"
         return done.stdout
@@ -75,13 +69,15 @@ def bash(project, tmp_path_factory):
         yield run
         return
     server = subprocess.Popen([sys.executable, "tests/warm_python.py", "serve", folder / "socket"], cwd=project,
-                              env=environment)
-    while not (folder / "socket").exists():
-        assert server.poll() is None, "the server has ended"
-        time.sleep(0.1)
-    yield run
-    server.kill()
-    server.wait()
+                              env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (folder / "socket").exists():
+            assert server.poll() is None, "the server has ended"
+            time.sleep(0.1)
+        yield run
+    finally:
+        server.kill()
+        server.wait()
 
 
 def with_reward(project, bash, code):
@@ -104,19 +100,44 @@ def rows_of(project, run):
         return [(row["round"], row["method"], row["bleu_sampled"]) for row in csv.DictReader(file)]
 
 
+def paste():
+    """Runs all blocks in a copy of the .project: what each of them .printed, a dict by its code; the
+    files .before and .after; the .times."""
+    folder = Path(tempfile.mkdtemp(prefix="readme-"))
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    project = Path(shutil.copytree(ROOT, folder / "project", ignore=shutil.ignore_patterns(".git", *ignored)))
+    before, printed, times = contents(project), {}, []
+    with bash_in(project, folder, times) as bash:
+        for language, code in BLOCKS:
+            if language == "sh" and not is_left_out(code):
+                printed[code] = bash(code.removeprefix(INSTALL))
+            elif code.startswith("def prompt_rewards"):
+                printed[code] = with_reward(project, bash, code)
+            elif language == "python":
+                printed[code] = bash(f"python << 'END'\n{code}END\n")
+    return SimpleNamespace(project=project, printed=printed, before=before, after=contents(project), times=times)
+
+
+POOL = ThreadPoolExecutor(1)
+WORK = []
+
+
+def begin():
+    """conftest.py calls it before the first test: the second core has nothing else to do."""
+    WORK.append(POOL.submit(paste))
+
+
 @pytest.fixture(scope="module")
-def pasted(project, bash):
-    """After all blocks: .printed, what each of them printed, a dict by its code; and the files of the
-    project .before and .after them."""
-    before, printed = contents(project), {}
-    for language, code in BLOCKS:
-        if language == "sh" and not is_left_out(code):
-            printed[code] = bash(code.removeprefix(INSTALL))
-        elif code.startswith("def prompt_rewards"):
-            printed[code] = with_reward(project, bash, code)
-        elif language == "python":
-            printed[code] = bash(f"python << 'END'\n{code}END\n")
-    return SimpleNamespace(printed=printed, before=before, after=contents(project))
+def pasted():
+    found = WORK[0].result()
+    print("\n".join(found.times))
+    yield found
+    shutil.rmtree(found.project.parent)
+
+
+@pytest.fixture
+def project(pasted):
+    return pasted.project
 
 
 def output_of(pasted, words):
@@ -137,9 +158,10 @@ def readme_lines(heading, first):
     return block.splitlines()
 
 
-def test_only_the_tests_and_the_real_model_are_left_out():
+def test_only_the_tests_the_real_model_and_the_gpu_are_left_out():
     left_out = [code for _, code in BLOCKS if is_left_out(code)]
-    assert ["python -m pytest" in code for code in left_out] == [True, False] and "make_real.py" in left_out[1]
+    words = ["python -m pytest", "make_real.py", "trl_leaf.py"]
+    assert len(left_out) == 3 and all(word in code for word, code in zip(words, left_out))
 
 
 def test_nothing_outside_runs_has_changed(pasted):
