@@ -1,17 +1,18 @@
-"""What happened in a run? One page with its trees, curves and forks.
+"""What does LEAF see in a run that GRPO does not? One page with its trees and curves.
 
-For each prompt of the round the page plays the clip and draws the tree of the K responses, each
-span coloured by the advantages that LEAF and GRPO give it, on one scale, and outlined where the
-two differ in sign. Below are the curves of training and evaluation, of several runs if they are
-given, and how often boundaries fork.
+For each prompt of the round the page plays the clip, draws the tree of the K responses, and lists
+them whole, each token coloured by LEAF's or GRPO's advantage, or by its surprisal. Outlined is a
+poor ending in a good branch: its value is below its branch's, which is above the mean of all. The
+page opens where LEAF pushes one down and GRPO up. In the curves each run has its own line. With
+--seeds runs of one method are one, their mean, in a band from lowest to highest, if their settings
+(adapter/training.json, so not the code) differ in the seed alone.
 
 Reads   RUN/rollouts.pt, surprisal.pt, tree.pt, advantages.pt, train.csv, eval.csv: what is there
 Writes  RUN/report.html, of the first run: it needs no network, and no other file but the clips
-A curve is the mean of all runs with the same --method: give runs that differ in their seed alone.
 Run     python tests/report.py                                            demo: 3 s
-        python tests/report.py --run runs/leaf-0 --run runs/grpo-0        their curves together
-report.png is a picture of it: chromium --headless --hide-scrollbars --window-size=1000,680
-  --screenshot=tests/demo/report.png "file://$PWD/runs/demo/report.html#39"
+        python tests/report.py --audio                                    to mail it: with its clips
+        python tests/report.py --run runs/leaf-0 --run runs/leaf-1 --seeds
+tests/demo/report.png is #39, by chromium --headless --hide-scrollbars --window-size=860,865
 """
 import argparse
 import base64
@@ -32,16 +33,21 @@ sampling = import_module("01_sample")
 tree = import_module("03_tree")
 advantage = import_module("04_advantage")
 
-TRAINING = {"reward": "mean reward", "kl": "KL to the reference, nats", "clipped": "share clipped",
-            "length": "tokens a response", "grad_norm": "gradient norm"}
-EVALUATION = {"bleu_sampled": "BLEU, sampled", "bleu_greedy": "BLEU, greedy",
-              "exact_match": "exact match"}
+COLUMNS = {"reward": ("mean reward", 1), "alike": ("prompts with equal rewards", 1),
+           "kl": ("KL to the reference, nats", 0.01), "clipped": ("share of tokens clipped", 0.2),
+           "length": ("tokens a response", 10), "grad_norm": ("gradient norm", 1),
+           "bleu_sampled": ("sampled BLEU, %", 100), "bleu_greedy": ("greedy BLEU, %", 100),
+           "exact_match": ("exact match, %", 100)}  # and the least range: little shall look little
+STAGES = ("rollouts", "surprisal", "tree", "advantages")
+COLORS = ("#1f7a55, #5fd0a0", "#a14fc0, #cf94e8", "#a35b00, #e0ac4e", "#00728a, #4fc3d9",
+          "#c2185b, #ff86ac", "#5b6472, #aab4c4")  # of lines: on white, on black
+LEFT, RIGHT, TOP, BOTTOM = 46, 292, 22, 146  # the corners of a chart, in an SVG of 320 x 168
 
 def load_stages(run):
     """The stage files of a run: a dict of those that are there, a sentence for each other one."""
     stages = {}
     missing = []
-    for name in ("rollouts", "surprisal", "tree", "advantages"):
+    for name in STAGES:
         try:
             stages[name] = sampling.load_stage(run, name, stages.get("rollouts"))
         except sampling.UserError as error:
@@ -50,46 +56,92 @@ def load_stages(run):
 
 def prompt_data(stages, number, run, embed_audio):
     """What the page shows of one prompt, as plain lists and numbers."""
-    rollout = stages["rollouts"]["prompts"][number]
-    lengths = rollout["lengths"].tolist()
+    rollout, surprisal, prompt_tree, scores = [
+        stages[name]["prompts"][number] if name in stages else None for name in STAGES]
     data = {"prompt": rollout["prompt"], "reference": rollout["reference"],
             "audio": audio_source(rollout["audio"], run, embed_audio),
-            "tokens": token_texts(rollout)}
-    if "surprisal" in stages:
-        surprisal = stages["surprisal"]["prompts"][number]["surprisal"]
-        data["surprisal"] = [[round(nats, 2) for nats in row[:length]]
-                             for row, length in zip(surprisal.tolist(), lengths)]
-    if "tree" in stages:
-        scores = stages["advantages"]["prompts"][number] if "advantages" in stages else None
-        prompt_tree = stages["tree"]["prompts"][number]
-        data["boundaries"] = prompt_tree["boundaries"]
-        rows = tree.tree_rows(prompt_tree["boundaries"], prompt_tree["groups"], lengths)
-        data["rows"] = [row_data(row, scores) for row in rows]
+            "tokens": token_texts(rollout), "responses": identical_responses(rollout)}
+    if surprisal:
+        data["surprisal"] = [[round(nats, 2) for nats in row[:len(tokens)]] for row, tokens in
+                             zip(surprisal["surprisal"].tolist(), data["tokens"])]
+    if scores:
+        data["rewards"] = [round(reward, 6) for reward in scores["rewards"].tolist()]
+        data["grpo"] = [round(row[0], 6) for row in scores["grpo"].tolist()]  # of all its tokens
+        data["responses"].sort(key=lambda members: -data["rewards"][members[0]])
+    if prompt_tree:
+        data["rows"] = tree_data(prompt_tree, rollout, scores, data["responses"])
+        data["says"] = what_one_sees(data) if scores else ""
     return data
 
 def token_texts(rollout):
-    """What each token adds to the text of its response: K lists of str. Rollouts from elsewhere
-    may not say; then these are the token ids."""
+    """What each token adds to its response's text: K lists of str; or its id, without "ends"."""
+    lengths = rollout["lengths"].tolist()
     if "ends" not in rollout:
-        return [[f"{token} " for token in row[:length]] for row, length in
-                zip(rollout["responses"].tolist(), rollout["lengths"].tolist())]
-    tokens = []
-    for text, ends, length in zip(rollout["texts"], rollout["ends"].tolist(),
-                                  rollout["lengths"].tolist()):
-        starts = [0, *ends]
-        tokens.append([text[starts[t]:ends[t]] for t in range(length)])
-    return tokens
+        return [[f"{token} " for token in row[:length]]
+                for row, length in zip(rollout["responses"].tolist(), lengths)]
+    return [[text[start:end] for start, end in zip([0, *ends], ends[:length])]
+            for text, ends, length in zip(rollout["texts"], rollout["ends"].tolist(), lengths)]
 
-def row_data(row, scores):
-    """A span of the tree; its numbers are sums over its n responses, as 04 prints them."""
-    data = {"members": row.members, "level": row.level, "start": row.start, "end": row.end}
+def identical_responses(rollout):
+    """The numbers of the responses, those with the same tokens in one list: [[0, 3], [1], ...]."""
+    copies = {}
+    for k, (row, length) in enumerate(zip(rollout["responses"].tolist(), rollout["lengths"])):
+        copies.setdefault(tuple(row[:length]), []).append(k)
+    return list(copies.values())
+
+def tree_data(prompt_tree, rollout, scores, responses):
+    """The lines of a tree, its root first. Identical endings are one line, empty spans none."""
+    copies = {k: members for members in responses for k in members}
+    lines = [{"members": sorted(copies), "level": -1, "start": 0, "end": 0}]
+    above = {-1: lines[0]}  # the last line of each level
     if scores:
-        data["value"] = round(advantage.mean_reward(scores["rewards"], row.members), 3)
-        if row.start < row.end:
-            data["credit"] = round(sum(scores["spans"][i][row.level][2] for i in row.members), 3)
-            for method in ("leaf", "grpo"):
-                data[method] = round(scores[method][row.members, row.start].sum().item(), 3)
+        lines[0]["value"] = round(advantage.mean_reward(scores["rewards"], copies), 6)
+    for row in tree.tree_rows(prompt_tree["boundaries"], prompt_tree["groups"],
+                              rollout["lengths"].tolist()):
+        members = row.members if len(row.members) > 1 else copies[row.members[0]]
+        if row.start < row.end and row.members[0] == members[0]:
+            line = {"members": members, "level": row.level, "start": row.start, "end": row.end}
+            if scores:
+                line |= span_data(line, scores, above[row.level - 1]["value"], lines[0]["value"])
+            above[row.level] = line
+            lines.append(line)
+    return lines
+
+def span_data(line, scores, parent_value, root_value):
+    """A span's value, credit and advantages (means of its copies); "against", if it is poor."""
+    members = line["members"]
+    value = round(advantage.mean_reward(scores["rewards"], members), 6)
+    credits = [scores["spans"][i][line["level"]][2] for i in members]
+    data = {"value": value, "parent": parent_value, "credit": round(statistics.fmean(credits), 3)}
+    for method in ("leaf", "grpo"):
+        data[method] = round(scores[method][members, line["start"]].mean().item(), 6)
+    if min(parent_value - value, parent_value - root_value) > 2e-6:  # less is rounding
+        data["against"] = min(-data["leaf"], data["grpo"])  # how far LEAF pushes down and GRPO up
     return data
+
+def poor_endings(prompt):
+    """The lines of poor endings in good branches, first where LEAF goes most against GRPO."""
+    poor = [line for line in prompt.get("rows", []) if "against" in line]
+    return sorted(poor, key=lambda line: -line["against"])
+
+def ranked(prompts):
+    """The numbers of the prompts, first where LEAF goes most against GRPO in a poor ending."""
+    ranks = [[-line["against"] for line in poor_endings(prompt)[:1]] for prompt in prompts]
+    return sorted(range(len(prompts)), key=lambda number: ranks[number] or [math.inf])
+
+def what_one_sees(data):
+    """A sentence or two about a prompt."""
+    if not poor_endings(data):
+        return "Here is no poor ending in a good branch."
+    line = poor_endings(data)[0]
+    tokens = data["tokens"][line["members"][0]]
+    before = "".join(tokens[:line["start"]]).strip()
+    ending = "".join(tokens[line["start"]:line["end"]]).strip()
+    leaf, grpo = [f"{'up' if line[method] > 0 else 'down'} ({line[method]:+.2f})"
+                  for method in ("leaf", "grpo")]
+    return (f"After “{before}” the ending “{ending}” earns {line['value']:.2f}, the branch "
+            f"{line['parent']:.2f}, all responses {data['rows'][0]['value']:.2f}. "
+            f"LEAF pushes it {leaf}, GRPO {grpo}.")
 
 def audio_source(path, run, embed_audio):
     """The address of a clip for a page in `run`: relative to it, or the clip itself."""
@@ -98,318 +150,299 @@ def audio_source(path, run, embed_audio):
     content = base64.b64encode(Path(path).read_bytes()).decode()
     return f"data:audio/{Path(path).suffix[1:]};base64,{content}"
 
-def wilson(hits, total, z=1.96):
-    """The 95% Wilson interval of a share hits / total: (low, high)."""
-    share = hits / total
-    middle = share + z * z / (2 * total)
-    reach = z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
-    scale = 1 + z * z / total
-    return (middle - reach) / scale, (middle + reach) / scale
+def read_table(run, file):
+    """The rows of train.csv or eval.csv, dicts of str, with their run, and a title: only rows with
+    the same can be compared. Of a round, step and method the last: a fork has copied the others."""
+    path = run / file
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    rows = {}
+    for row in csv.DictReader(lines):
+        title = "Training (rewards are those of the responses sampled in 01)"
+        if file == "eval.csv":
+            title = (f"Evaluation on {row.get('prompts')} prompts of {row.get('manifest')}, "
+                     f"temperature {row.get('temperature')}")
+        key = (title, *[row.get(name) or "" for name in ("round", "step", "method")])
+        if key[1].isdecimal() and key[2].isdecimal():
+            rows[key] = {**row, "run": run, "title": title, "method": key[3]}
+    return list(rows.values())
 
-def forks_section(stages):
-    """How many boundaries fork (have a node), how many are usable (rewards differ there), where."""
-    places = []  # of those that fork, as a share of the mean length
-    usable = 0
-    total = 0
-    for number, prompt_tree in enumerate(stages["tree"]["prompts"]):
-        boundaries = prompt_tree["boundaries"]
-        groups = prompt_tree["groups"]
-        mean_length = stages["rollouts"]["prompts"][number]["lengths"].float().mean().item()
-        total += len(boundaries)
-        places += [b / mean_length for b, nodes in zip(boundaries, groups) if nodes]
-        if "advantages" in stages:
-            rewards = stages["advantages"]["prompts"][number]["rewards"].tolist()
-            usable += advantage.count_forks(groups, rewards)[1]
-    if total == 0:
-        return ""
-    lines = share_line("fork: two or more responses share their first tokens", len(places), total)
-    if "advantages" in stages:
-        lines += share_line("are usable: the rewards of such responses differ", usable, total)
-    counts = [0] * 10
-    for place in places:
-        counts[min(9, int(10 * place))] += 1
-    bars = [f'<i style="height:{100 * n / max(1, *counts):.0f}%"><b>{n}</b></i>' for n in counts]
-    return (f'<section><h2>Forks</h2>{lines}<div class="bars">{"".join(bars)}</div>'
-            "<p>Where they fork, from the first token to the mean length and beyond.</p></section>")
+def settings(run):
+    """How a run was trained: its training.json, without its seed and how far it is."""
+    path = run / "adapter" / "training.json"
+    with sampling.as_user_error(f"{path} is corrupt"):
+        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    progress = ("seed", "id", "policy_id", "round", "seen", "step")
+    return {name: value for name, value in state.items() if name not in progress}
 
-def share_line(label, hits, total):
-    """A share in words, as HTML, with its interval as if boundaries were independent."""
-    low, high = wilson(hits, total)
-    return (f"<p><strong>{hits / total:.1%}</strong> of {total} boundaries {label} (95%: {low:.1%} "
-            f"to {high:.1%}).</p>")
+def name_lines(rows, runs, seeds):
+    """The rows, each with the name of its line. The base of a run begins each line of the run."""
+    parent = os.path.commonpath([run.absolute().parent for run in runs])
+    methods = {run: {row["method"] for row in rows if row["run"] == run} for run in runs}
+    named = []
+    for run in methods:
+        for method in sorted(methods[run] - {"base"}) or ["base"]:
+            band = [other for other in methods if other == run or seeds
+                    and method in methods[other] and settings(other) == settings(run)]
+            line = f"{', '.join(os.path.relpath(other, parent) for other in band)}: {method}"
+            named += [{**row, "line": line} for row in rows
+                      if row["run"] == run and row["method"] in (method, "base")]
+    return named
 
-def read_table(path):
-    """The rows of a CSV file that have a number of steps: a list of dicts of str."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [row for row in csv.DictReader(lines) if (row.get("step") or "").isdecimal()]
+def curve_sections(runs, seeds):
+    """The charts of training, and those of each kind of evaluation, as HTML."""
+    rows = sum((read_table(run, file) for file in ("train.csv", "eval.csv") for run in runs), [])
+    parts = {title: name_lines([row for row in rows if row["title"] == title], runs, seeds)
+             for title in dict.fromkeys(row["title"] for row in rows)}
+    names = list(dict.fromkeys(row["line"] for part in parts.values() for row in part))
+    sections = []
+    for title, part in parts.items():
+        charts = "".join(chart(part, column, *COLUMNS[column], names) for column in COLUMNS)
+        if sections and "<h2>Evaluation" in sections[-1]:
+            title += ": not to be compared with the one above"
+        sections.append(f'<section><h2>{html.escape(title)}</h2><div class="charts">{charts}</div>'
+                        "</section>")
+    return sections
 
-def evaluated_alike(rows):
-    """The rows of eval.csv with the settings of the last one, and these settings, a str."""
-    settings = [[row.get(name) for name in ("manifest", "prompts", "temperature")] for row in rows]
-    alike = [row for row, row_settings in zip(rows, settings) if row_settings == settings[-1]]
-    manifest, prompts, temperature = settings[-1]
-    return alike, f"{prompts} prompts of {manifest}, temperature {temperature}."
-
-def curves_section(title, note, rows, columns):
-    """Rows of train.csv or eval.csv, a chart per column, with a note above."""
-    charts = "".join(chart(label, rows, column) for column, label in columns.items())
-    return (f'<section><h2>{title}</h2><p class="dim">{html.escape(note)}</p>'
-            f'<div class="charts">{charts}</div></section>')
-
-def values_by_method(rows, column):
-    """The numbers in a column, a list per method and step: {method: {step: values}}. The base,
-    which does not learn, has the same values at the first step and the last."""
-    points = {}
+def chart(rows, column, label, least, names):
+    """One chart as SVG, a line per name; empty where no row has a number in this column."""
+    lines = {}  # {name: {step: the values of its runs}}
     for row in rows:
         if re.fullmatch(r"-?\d+(\.\d+)?(e[+-]\d+)?", row.get(column) or ""):
-            steps = points.setdefault(row["method"], {})
+            steps = lines.setdefault(row["line"], {})
             steps.setdefault(int(row["step"]), []).append(float(row[column]))
-    if "base" in points:
-        every_step = [step for steps in points.values() for step in steps]
-        values = next(iter(points["base"].values()))
-        points["base"] = {min(every_step): values, max(every_step): values}
-    return points
-
-def coordinates(steps, values, limits):
-    """The corners of a line in a chart of 300 x 120 units, a list of "x,y"."""
-    first, last, low, high = limits
-    corners = []
-    for step, value in zip(steps, values):
-        x = 6 + 288 * (step - first) / max(1, last - first)
-        y = 114 - 104 * (value - low) / ((high - low) or 1)
-        corners.append(f"{x:.1f},{y:.1f}")
-    return corners
-
-def chart(label, rows, column):
-    """One chart as SVG, a line per method: the mean of its runs, in a band from the lowest to the
-    highest of them. Empty where no row has a number in this column."""
-    points = values_by_method(rows, column)
-    if not points:
+    if not lines:
         return ""
-    every_step = [step for steps in points.values() for step in steps]
-    every_value = [value for steps in points.values() for values in steps.values()
-                   for value in values]
-    limits = (min(every_step), max(every_step), min(every_value), max(every_value))
-    shapes = ""
-    names = ""
-    for method in sorted(points):
-        color = method if method in ("base", "leaf", "grpo") else "other"
-        steps = sorted(points[method])
-        runs = [points[method][step] for step in steps]  # their values, a list per step
-        means = [statistics.fmean(values) for values in runs]
-        top = coordinates(steps, map(max, runs), limits)
-        bottom = coordinates(steps, map(min, runs), limits)
-        line = coordinates(steps, means, limits)
-        shapes += (f'<g class="{color}"><polygon points="{" ".join(top + bottom[::-1])}"/>'
+    every_value = [x for steps in lines.values() for values in steps.values() for x in values]
+    ticks = round_numbers(every_value, least)
+    frame = (min(map(min, lines.values())), max(map(max, lines.values())), ticks[0], ticks[-1])
+    shapes = axes(ticks, rows, frame)
+    legend = ""
+    for name, steps in lines.items():
+        color = f'style="--color: light-dark({COLORS[names.index(name) % len(COLORS)]})"'
+        top, bottom, line = [[place(step, f(steps[step]), frame) for step in sorted(steps)]
+                             for f in (max, min, statistics.fmean)]
+        shapes += (f'<g {color}><polygon points="{" ".join(top + bottom[::-1])}"/>'
                    f'<polyline points="{" ".join(line)}"/>'
                    f'<circle r="3" transform="translate({line[-1]})"/></g>')
-        names += f'<span class="{color}">{html.escape(method)} {means[-1]:.4g}</span>'
-    first, last, low, high = limits
-    return (f'<figure><figcaption>{label}</figcaption><svg viewBox="0 0 300 120" role="img" '
-            f'aria-label="{label}">{shapes}</svg><p><span>{low:.3g} to {high:.3g}</span>'
-            f'<span>update {first} to {last}</span></p><p class="names">{names}</p></figure>')
+        ends = dict.fromkeys(f"{statistics.fmean(steps[x]):.4g}" for x in (min(steps), max(steps)))
+        legend += f'<li {color}><i></i>{html.escape(name)} <b>{" to ".join(ends)}</b></li>'
+    return (f'<figure><figcaption>{label}</figcaption><svg viewBox="0 0 320 168" role="img" '
+            f'aria-label="{label}">{shapes}</svg><ul>{legend}</ul></figure>')
 
-def build_page(runs, embed_audio=False):
+def place(step, value, frame):
+    """Where a point is in a chart: "x,y"; frame: first and last step, lowest and highest tick."""
+    first, last, low, high = frame
+    x = LEFT + (RIGHT - LEFT) * (step - first) / max(1, last - first)
+    return f"{x:.1f},{BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low):.1f}"
+
+def round_numbers(values, least):
+    """Ticks: evenly spaced, `least` or more in all, from 0 or below all values to above them."""
+    low = min(0, *values)
+    high = max(0, low + least, *values)
+    power = 10 ** math.floor(math.log10((high - low) / 5))
+    space = next(power * factor for factor in (1, 2, 5, 10) if 5.01 * power * factor > high - low)
+    count_below = math.ceil(-low / space - 1e-6)
+    count_above = math.ceil(high / space - 1e-6)
+    return [space * i for i in range(-count_below, count_above + 1)]
+
+def axes(ticks, rows, frame):
+    """The ticks, a line at zero, a mark where a round begins, and the first and last update."""
+    shapes = "".join(f'<text x="{x}" y="163">update {step}</text>'
+                     for step, x in {frame[1]: RIGHT, frame[0]: LEFT}.items())
+    for tick in ticks:
+        y = place(frame[0], tick, frame).split(",")[1]
+        end = LEFT - 4 if abs(tick) > 1e-9 else RIGHT
+        shapes += (f'<path d="M{LEFT} {y}H{end}"/>'
+                   f'<text class="tick" x="{LEFT - 7}" y="{y}">{tick:.3g}</text>')
+    starts = sorted({int(row["round"]): int(row["step"]) for row in reversed(rows)}.items())
+    for number, step in starts[::len(starts) // 6 + 1]:
+        x = place(step, 0, frame).split(",")[0]
+        shapes += (f'<path class="mark" d="M{x} {BOTTOM}V{TOP}"/><text x="{x}" y="{TOP - 8}">'
+                   f'{f"round {number}" if number else "base"}</text>')
+    return shapes
+
+def build_page(runs, embed_audio=False, seeds=False):
     """The page, as HTML, for the runs (list of Path); the trees are those of the first one."""
     stages, missing = load_stages(runs[0])
-    rollouts = stages.get("rollouts", {"meta": {}, "prompts": []})
-    count = len(rollouts["prompts"])
+    count = len(stages["rollouts"]["prompts"]) if stages else 0
     prompts = [prompt_data(stages, number, runs[0], embed_audio) for number in range(count)]
     sections = [f'<p class="missing">{html.escape(sentence)}</p>' for sentence in missing]
-    if "tree" in stages:
-        sections.append(forks_section(stages))
-    updates = [row for run in runs for row in read_table(run / "train.csv")]
-    if updates:
-        note = "Rewards are those of the responses sampled in 01."
-        sections.append(curves_section("Training", note, updates, TRAINING))
-    evaluations = [row for run in runs for row in read_table(run / "eval.csv")]
-    if evaluations:
-        alike, settings = evaluated_alike(evaluations)
-        sections.append(curves_section("Evaluation", settings, alike, EVALUATION))
-    meta = rollouts["meta"]
-    summary = f"round {meta['round']}, {count} prompts, {meta['model']}" if count else ""
-    data = json.dumps(prompts, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    meta = stages["rollouts"]["meta"] if stages else {}
+    summary = f"Trees: {runs[0]}, round {meta['round']}, {meta['model']}" if stages else ""
+    data = json.dumps({"prompts": prompts, "ranked": ranked(prompts)}, ensure_ascii=False,
+                      separators=(",", ":")).replace("<", "\\u003c")
     parts = {"TITLE": html.escape(", ".join(map(str, runs))), "SUMMARY": html.escape(summary),
-             "SECTIONS": "".join(sections), "DATA": data}
+             "SECTIONS": "".join(sections + curve_sections(runs, seeds)), "DATA": data,
+             "LAST": str(count - 1)}
     return re.sub("@([A-Z]+)@", lambda mark: parts[mark[1]], PAGE)
 
 def main():
     parser = argparse.ArgumentParser(description="Write a page that shows a run.")
     parser.add_argument("--run", action="append", help="folder of a run (default: runs/demo)")
+    parser.add_argument("--seeds", action="store_true", help="one line for the seeds of a method")
     parser.add_argument("--audio", action="store_true", help="put the clips into the page")
     args = parser.parse_args()
     runs = [Path(run) for run in args.run or ["runs/demo"]]
+    page = runs[0] / "report.html"
     try:
         for run in runs:
             if not run.is_dir():
                 raise sampling.UserError(f"there is no run {run}")
-        page = runs[0] / "report.html"
-        sampling.save_file(page, build_page(runs, args.audio))
-        print(f"{page}, {page.stat().st_size / 1e6:.1f} MB: open it in a browser")
+        sampling.save_file(page, build_page(runs, args.audio, args.seeds))
     except (sampling.UserError, OSError) as error:
         sys.exit(sampling.printable(f"report.py: {error}"))
+    print(f"{page}, {page.stat().st_size / 1e6:.1f} MB: open it in a browser")
 
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>@TITLE@</title><style>
-:root { color-scheme: light dark; --ink: #1c2330; --dim: #667085; --line: #d5dae3; --paper: #fbfbfd;
-  --card: #fff; --warn: #d9731a; --leaf: #1f8a5f; --grpo: #a14fc0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #98a2b3; --line: #363d4a;
-  --paper: #14171d; --card: #1c2029; --warn: #f0a45c; --leaf: #5fd0a0; --grpo: #cf94e8; } }
-* { box-sizing: border-box; margin: 0; }
+<html lang="en"><head><meta charset="utf-8"><title>@TITLE@</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --ink: light-dark(#1c2330, #e6e9ef);
+  --dim: light-dark(#5d6676, #9aa4b5); --rule: light-dark(#868e9b, #6f7888);
+  --card: light-dark(#ffffff, #1c2029); --paper: light-dark(#f1f3f6, #12151a);
+  --up: light-dark(#2d6ee1, #3c78e6); --down: light-dark(#e6730f, #c45c08);
+  --surprising: light-dark(#a03cc8, #a050c8); }
+* { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 70rem; margin: auto; padding: 1rem; }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin-bottom: .5rem; }
-section, #controls > * { border: 1px solid var(--line); border-radius: .6rem;
-  background: var(--card); }
-section { padding: 1rem; margin: 1rem 0; } #controls input { width: 5rem; }
-#controls { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .8rem; }
-#controls > * { font: inherit; color: inherit; padding: .2rem .6rem; max-width: 100%; }
-audio { width: 100%; max-width: 26rem; height: 2.2rem; display: block; margin-bottom: .5rem; }
-#prompt, #reference, .text, .tokens { white-space: pre-wrap; overflow-wrap: anywhere; }
-#reference, .dim, figure p { color: var(--dim); font-size: .85rem; }
-.tokens { margin: .3rem 0; }
-.missing { border-left: 3px solid var(--warn); padding-left: .6rem; margin: .5rem 0; }
-.tree, .tree ul { list-style: none; padding-left: 1.1rem; } .tree li { position: relative; }
-.tree li::before, .tree li:not(:last-child)::after { content: ""; position: absolute; left: -.8rem;
-  top: 0; width: .6rem; height: 1rem; border: 0 solid var(--line); border-left-width: 1.5px; }
-.tree li::before { border-bottom-width: 1.5px; border-bottom-left-radius: .4rem; }
-.tree li:not(:last-child)::after { height: 100%; }
-.row { display: flex; gap: .4rem; align-items: flex-start; padding: .12rem 0; cursor: pointer; }
-.row .text { flex: 1; border-radius: .3rem; padding: 0 .35rem; min-width: 0; }
-.row b { font: 500 .82rem/1.5 system-ui; width: 3.6rem; text-align: right; padding: .1rem .3rem;
-  border-radius: .3rem; font-variant-numeric: tabular-nums; flex: none; }
-.row b.n { width: 1.8rem; }
-.opposed .advantage { outline: 2px solid var(--ink); } .head { color: var(--dim); }
-#legend { margin-top: .5rem; } #detail { min-height: 3em; }
-.boundary { border-left: 2px solid var(--ink); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; }
-figcaption { font-weight: 500; } svg { width: 100%; border-bottom: 1px solid var(--line); }
-figure p { display: flex; justify-content: space-between; flex-wrap: wrap; gap: .8rem; }
-polyline { fill: none; stroke: currentColor; stroke-width: 2; } circle { fill: currentColor; }
-polygon { fill: currentColor; opacity: .18; } .base { color: var(--dim); stroke-dasharray: 4 4; }
-.leaf { color: var(--leaf); } .grpo { color: var(--grpo); } .other { color: var(--warn); }
-.bars { display: flex; gap: .3rem; align-items: flex-end; height: 6rem; margin: 2rem 0 .3rem; }
-.bars i { flex: 1; background: var(--dim); border-radius: .2rem .2rem 0 0; text-align: center; }
-.bars b { position: relative; top: -1.3rem; font: .75rem system-ui; color: var(--dim); }
-@media (max-width: 600px) { .row { flex-wrap: wrap; justify-content: flex-end; }
-  body, section { padding: .6rem; } .row .text { flex-basis: 100%; } }
-</style><meta name="viewport" content="width=device-width, initial-scale=1"></head><body>
-<h1>@TITLE@</h1><p class="dim">@SUMMARY@</p>
-<section id="look"><div id="controls">
-<button onclick="move(-1)" aria-label="previous prompt">&larr;</button>
-<input id="number" type="number" min="0" aria-label="number of the prompt"><span id="count"></span>
-<button id="next" onclick="move(1)" aria-label="next prompt">&rarr;</button>
-<select id="sort" onchange="sort()" aria-label="order"><option value="number">by number</option>
-<option value="opposed">LEAF against GRPO first</option></select>
-<select id="view" onchange="draw()" aria-label="view"><option value="tree">advantages</option>
-<option value="tokens">surprisal</option></select></div>
-<audio id="audio" controls preload="none" aria-label="the clip"></audio>
-<p id="prompt" dir="auto"></p><p id="reference" dir="auto"></p><div id="main"></div>
-<p id="legend" class="dim"></p><p id="detail" class="dim" aria-live="polite"></p></section>
-@SECTIONS@
-<script type="application/json" id="data">@DATA@</script><script>
-const prompts = JSON.parse(document.getElementById("data").textContent);
+  max-width: 62rem; margin: auto; padding: .5rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.3rem; } h2, #says, figure b { font-weight: 600; } ul { list-style: none; }
+section { padding: .6rem 1rem; margin: .8rem 0; background: var(--card); border-radius: .6rem; }
+.dim, figure li { color: var(--dim); font-size: .85rem; } #says, .dim { margin: .4rem 0; }
+#controls, form { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; }
+button, select, #number { border: 1px solid var(--rule); border-radius: .4rem; padding: .2rem .6rem;
+  background: var(--card); } summary { cursor: pointer; }
+audio { width: 100%; max-width: 26rem; height: 2.2rem; display: block; margin: .5rem 0; }
+#prompt, #reference, .text { white-space: pre-wrap; unicode-bidi: plaintext; }
+.missing, .detail { border-left: 3px solid var(--rule); padding-left: .6rem; margin: .3rem 0; }
+.row { display: grid; grid-template-columns: 1fr 2.4rem repeat(3, 3.4rem); gap: .3rem;
+  padding: .1rem 0; border-bottom: 1px solid var(--paper); } .poor { outline: 2px solid; }
+.row b { text-align: right; padding: 0 .3rem; font-variant-numeric: tabular-nums; }
+#tree ul ul ul { border-left: 1px solid var(--rule); margin-left: .3rem; padding-left: .8rem; }
+[data-colour=leaf] .token, .leaf { background: var(--leaf); } .mark { stroke-dasharray: 2 3; }
+[data-colour=grpo] .token, .grpo { background: var(--grpo); } path { stroke: var(--rule); }
+[data-colour=nats] .token { background: var(--nats); &:empty::before { content: "·"; } }
+#legend b { padding: 0 .4rem; color: var(--ink); } .span + .span { border-left: 2px solid; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem; }
+svg { width: 100%; } text { font-size: 11px; fill: var(--dim); text-anchor: middle; }
+.tick { text-anchor: end; dominant-baseline: middle; } circle, polygon { fill: var(--color); }
+polyline { fill: none; stroke: var(--color); stroke-width: 2; } polygon { opacity: .18; }
+figure i { display: inline-block; width: 1rem; margin: .3rem; border-top: 3px solid var(--color); }
+@media (max-width: 600px) { .text { grid-column: 1 / -1; } .text + b { grid-column: 2; } }
+</style></head><body><h1>@TITLE@</h1><p class="dim">@SUMMARY@</p><section id="look">
+<div id="controls"><button onclick="move(-1)" aria-label="previous" id="previous">&larr;</button>
+<input id="number" onchange="show(this.value)" inputmode="numeric" size="3" aria-label="prompt">
+<span>of 0 to @LAST@</span><button onclick="move(1)" aria-label="next" id="next">&rarr;</button>
+<select id="sort" aria-label="order"><option value="ranked">LEAF against GRPO first</option>
+<option value="number">by number</option></select><form id="switch" onchange="recolour()">
+<label><input type="radio" name="colour" value="leaf" checked> LEAF</label>
+<label><input type="radio" name="colour" value="grpo"> GRPO</label>
+<label><input type="radio" name="colour" value="nats"> surprisal</label></form>
+<span id="wrong" role="status"></span></div>
+<audio id="audio" controls preload="none" aria-label="the clip"></audio><p id="prompt"></p>
+<p>reference: <bdi id="reference"></bdi></p><p id="says" aria-live="polite"></p>
+<div class="row dim"><b></b><b>n</b><b>value</b><b>LEAF</b><b>GRPO</b></div><div id="tree"></div>
+<p class="dim">The responses, whole:</p><div id="responses"></div><p id="legend" class="dim"></p>
+<p class="dim"><span class="poor">Outlined</span>: a poor ending in a good branch, one above the
+mean of all. n responses share a span; ×n: identical. value: their mean reward. LEAF, GRPO: the mean
+of the n advantages (04 prints the sum). A bar: a cut. Open a line for more.</p></section>
+@SECTIONS@<script type="application/json" id="data">@DATA@</script><script>
+const { prompts, ranked } = JSON.parse(document.getElementById("data").textContent);
 const get = id => document.getElementById(id);
-const order = prompts.map((_, number) => number);
-let place = 0;  // in the order
-const legends = {
-  tree: "Blue is pushed up, orange down; outlined: LEAF and GRPO disagree. n responses share a "
-    + "span. Nats: the surprisal of its first token. Value: the mean reward of the n responses. "
-    + "LEAF, GRPO: the sums of their advantages.",
-  tokens: "The darker, the more surprising. A bar marks a boundary." };
+const notes = {
+  leaf: "Blue is pushed up, orange down. LEAF: each span has its own advantage.",
+  grpo: "Blue is pushed up, orange down. GRPO: one advantage a response. Stripes: a shared span.",
+  nats: "Nats of surprisal. A boundary is before a very surprising token." };
+let current = ranked[0];
 function make(tag, className, textContent, parent) {
-  const element = Object.assign(document.createElement(tag), { className, textContent });
-  parent.append(element);
-  return element;
+  return parent.appendChild(Object.assign(document.createElement(tag), { className, textContent }));
 }
-function tint(advantage, most) {
-  const alpha = advantage && 0.12 + 0.6 * Math.abs(advantage) / most;
-  return advantage < 0 ? `rgba(230, 115, 15, ${alpha})` : `rgba(45, 110, 225, ${alpha})`;
+function paint(element, kind, numbers) {  // a stripe for each number
+  const height = 100 / numbers.length;
+  const stripes = numbers.sort((a, b) => b - a).map((number, i) => {
+    const color = kind === "nats" ? "surprising" : number < 0 ? "down" : "up";
+    const share = number ? 8 + 60 * Math.min(1, Math.abs(number) / 3) : 0;
+    const tint = `color-mix(in srgb, var(--${color}) ${share}%, transparent)`;
+    return `${tint} ${i * height}% ${(i + 1) * height}%`;
+  });
+  element.style.setProperty(`--${kind}`, `linear-gradient(${stripes.join(", ")})`);
 }
-function opposed(row) {  // how far the two are apart where one pushes up and the other down
-  return row.leaf * row.grpo < 0 ? Math.abs(row.leaf - row.grpo) : 0;
-}
-function drawRow(prompt, row, most, parent) {
-  const line = make("div", opposed(row) ? "row opposed" : "row", "", parent);
-  const tokens = prompt.tokens[row.members[0]].slice(row.start, row.end);
-  const empty = row.start < row.end ? "(no text)" : "(end)";
-  const text = make("span", "text", tokens.join("") || empty, line);
-  text.dir = "auto";
-  text.style.background = tint(row.leaf, most);
-  make("b", "n", row.members.length, line);
-  const nats = row.start < row.end && prompt.surprisal ?
-    prompt.surprisal[row.members[0]][row.start] : undefined;
-  for (const x of [nats, row.value]) make("b", "", x === undefined ? "" : x.toFixed(2), line);
-  for (const advantage of [row.leaf, row.grpo]) {
-    const cell = make("b", "advantage", advantage === undefined ? "" : advantage.toFixed(2), line);
-    cell.style.background = tint(advantage, most);
-  }
-  const facts = [`responses ${row.members.join(", ")}`];
-  if (row.leaf !== undefined)
-    facts.push(`sums over them: credit ${row.credit}, LEAF ${row.leaf}, GRPO ${row.grpo}`);
-  line.tabIndex = 0;
-  line.onclick = line.onfocus = line.onmouseenter = () => {
-    get("detail").textContent = facts.join("; ");
-  };
-}
-function drawTree(prompt) {
-  const advantages = prompt.rows.flatMap(row => [row.leaf || 0, row.grpo || 0]);
-  const most = Math.max(1e-9, ...advantages.map(Math.abs));
-  const head = make("div", "row head", "", get("main"));
-  make("span", "text", "", head);
-  make("b", "n", "n", head);
-  for (const name of ["nats", "value", "LEAF", "GRPO"]) make("b", "", name, head);
-  const lists = [make("ul", "tree", "", get("main"))];
-  for (const row of prompt.rows) {
-    const item = make("li", "", "", lists[row.level]);
-    drawRow(prompt, row, most, item);
-    if (row.members.length > 1) lists[row.level + 1] = make("ul", "", "", item);
-  }
-}
-function drawTokens(prompt) {
-  prompt.tokens.forEach((tokens, k) => {
-    const line = make("p", "tokens", "", get("main"));
-    line.dir = "auto";
-    tokens.forEach((text, t) => {
-      const isBoundary = (prompt.boundaries || []).includes(t);
-      const token = make("span", isBoundary ? "boundary" : "", text || "\u00b7", line);
-      if (!prompt.surprisal) return;
-      const nats = prompt.surprisal[k][t];
-      token.style.background = `rgba(160, 60, 200, ${Math.min(0.7, nats / 4).toFixed(2)})`;
-      token.title = `${nats.toFixed(2)} nats`;
-      token.onclick = () => { get("detail").textContent = token.title; };
-    });
+function drawSpan(prompt, row, members, parent) {
+  const span = make("span", "against" in row ? "span poor" : "span", "", parent);
+  const texts = prompt.tokens[members[0]].slice(row.start, row.end);
+  texts.forEach((text, i) => {
+    const token = make("span", "token", text || (texts.join("") ? "" : "·"), span);
+    paint(token, "leaf", [row.leaf]);
+    paint(token, "grpo", members.map(k => prompt.grpo?.[k]));
+    paint(token, "nats", [prompt.surprisal?.[members[0]][row.start + i]]);
   });
 }
-function draw() {
-  const prompt = prompts[order[place]];
-  get("number").value = order[place];
-  for (const name of ["prompt", "reference"]) get(name).textContent = prompt[name];
+function drawLine(prompt, line, spans, members, numbers) {
+  const text = make("span", "text", spans.length ? "" : "all responses", line);
+  for (const row of spans) drawSpan(prompt, row, members, text);
+  const isEnd = spans.at(-1)?.end === prompt.tokens[members[0]].length;
+  make("b", "", members.length > 1 && isEnd ? `×${members.length}` : members.length, line);
+  for (const name of ["value", "leaf", "grpo"])
+    paint(make("b", name, numbers[name]?.toFixed(2), line), name, [numbers[name]]);
+}
+function drawResponse(prompt, members, parent) {
+  const [k] = members;
+  const rows = prompt.rows?.slice(1) || [{ members, start: 0, end: prompt.tokens[k].length }];
+  const spans = rows.filter(row => row.members.includes(k));
+  const numbers = { value: prompt.rewards?.[k], grpo: prompt.grpo?.[k] };
+  drawLine(prompt, make("div", "row", "", parent), spans, members, numbers);
+}
+function drawTree(prompt) {
+  const lists = [make("ul", "", "", get("tree"))];
+  for (const row of prompt.rows) {
+    const item = make("li", "", "", lists[row.level + 1]);
+    const details = make("details", "", "", item);
+    const line = make("summary", "row", "", details);
+    drawLine(prompt, line, row.level < 0 ? [] : [row], row.members, row);
+    details.addEventListener("toggle", () => drawDetail(prompt, row, details), { once: true });
+    lists[row.level + 2] = make("ul", "", "", item);
+  }
+}
+function drawDetail(prompt, row, parent) {
+  const box = make("div", "detail", "", parent);
+  const [k] = row.members;
+  for (const members of prompt.responses)
+    if (row.members.includes(members[0])) drawResponse(prompt, members, box);
+  const nats = prompt.tokens[k].slice(row.start, row.end).map((text, i) =>
+    `${text.trim() || "·"} ${prompt.surprisal?.[k][row.start + i]}`);
+  if (nats.length) make("p", "dim", `Credit ${row.credit}. Nats: ${nats.join(", ")}`, box);
+}
+function recolour() {
+  document.body.dataset.colour = get("switch").colour.value;
+  const kind = document.body.dataset.colour;
+  get("legend").replaceChildren();
+  for (const number of kind === "nats" ? [0, 1, 2, 3] : [-3, -2, -1, 0, 1, 2, 3])
+    paint(make("b", "token", number, get("legend")), kind, [number]);
+  make("span", "", ` ${notes[kind]}`, get("legend"));
+}
+function show(number) {  // a text, from the box or the address
+  const isPrompt = /^\\d+$/.test(number) && number < prompts.length;
+  if (isPrompt) current = Number(number);
+  const prompt = prompts[current];
+  get("number").value = current;
+  get("wrong").textContent = isPrompt ? "" : `There is no prompt ${number}.`;
+  for (const name of ["prompt", "reference", "says"]) get(name).textContent = prompt[name];
   get("audio").src = prompt.audio;
-  get("main").replaceChildren();
-  get("detail").textContent = "";
-  const isTree = get("view").value === "tree" && prompt.rows;
-  get("legend").textContent = isTree ? legends.tree : legends.tokens;
-  if (isTree) drawTree(prompt); else drawTokens(prompt);
-  history.replaceState(null, "", "#" + order[place]);
+  for (const name of ["tree", "responses"]) get(name).replaceChildren();
+  if (prompt.rows) drawTree(prompt);
+  for (const members of prompt.responses) drawResponse(prompt, members, get("responses"));
+  history.replaceState(null, "", `#${current}`);
 }
-function show(number) { place = Math.max(0, order.indexOf(number)); draw(); }
-function move(step) { show(order[(place + step + order.length) % order.length]); }
-function sort() {
-  const score = number => Math.max(0, ...(prompts[number].rows || []).map(opposed));
-  const isByNumber = get("sort").value === "number";
-  order.sort((a, b) => (isByNumber ? 0 : score(b) - score(a)) || a - b);
-  show(order[0]);
+function move(step) {
+  const order = get("sort").value === "ranked" ? ranked : [...prompts.keys()];
+  show(order.at((order.indexOf(current) + step) % order.length));
 }
-get("number").onchange = () => show(Number(get("number").value));
+get("sort").onchange = () => show(get("sort").value === "ranked" ? ranked[0] : current);
+onhashchange = () => show(location.hash.slice(1));
 onkeydown = event => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (event.target === document.body && !event.altKey && step) move(step);
+  if (step && !event.altKey && !event.target.closest("input, select, audio")) move(step);
 };
-get("count").textContent = `0 to ${prompts.length - 1}`;
-if (prompts.length) show(Number(location.hash.slice(1)) || 0); else get("look").remove();
+recolour();
+if (prompts.length) show(location.hash.slice(1) || current); else get("look").remove();
 </script></body></html>
 """
 
