@@ -139,7 +139,7 @@ def main(model, run):
     Path(run).mkdir(parents=True, exist_ok=True)
     stand_in_for_torchaudio()
     import_module("04_advantage").prompt_rewards = lambda prompt: [0.9, 0.2, 0.4, 0.0]  # so that it learns
-    asked = ["--num-prompts", 2, "--max-new-tokens", 8, "--device", DEVICE]
+    asked = ["--num-prompts", 1, "--max-new-tokens", 4, "--device", DEVICE]
     train, test = (ROOT / "tests" / "demo" / f"{split}.jsonl" for split in ("train", "test"))
     a_round = [("01_sample", ["--model", model, "--num-responses", 4, "--manifest", train, *asked]),
                ("02_surprisal", ["--device", DEVICE]), ("03_tree", []), ("04_advantage", []),
