@@ -51,8 +51,8 @@ in sum n GA, if they are equally long (the loss averages over a response). LA is
 
 Sizes   K responses, T tokens in the longest, n responses in a node
 Reads   RUN/rollouts.pt: texts, reference, lengths; RUN/tree.pt
-Writes  RUN/advantages.pt, per prompt: float32 rewards (K,), leaf and grpo (K, T), the advantage of
-        each token by either method, 0 at padding; and spans, K lists of [start, end, credit]
+Writes  RUN/advantages.pt, per prompt: float32 rewards (K,); leaf, grpo and td (K, T), the advantage
+        of each token by each method, 0 at padding; and spans, K lists of [start, end, credit]
 Run     python 04_advantage.py                                   demo: about 1 s
 Differs from the paper (arXiv 2606.07610): two flags, for ablations. (Steps 4 to 7 of the README.)
 """
@@ -86,6 +86,7 @@ def main(args):
                  for length, advantage in zip(lengths, grpo_advantages(rewards))]
         prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32),
                         "leaf": spread(zscore(spans), lengths), "grpo": spread(whole, lengths),
+                        "td": td_advantages(rollout["responses"], rewards),
                         "spans": [[list(span) for span in response] for response in spans]})
         counts.append([len(groups), *count_forks(groups, rewards)])
 
@@ -96,12 +97,9 @@ def main(args):
 
     # Show totals, and one tree.
     mean = sum(prompt["rewards"].mean().item() for prompt in prompts) / len(prompts)
-    alike = sum(len(prompt["rewards"].unique()) == 1 for prompt in prompts)
-    num_boundaries, num_forks, num_differ = torch.tensor(counts).sum(dim=0).tolist()
+    num_boundaries, num_forks, differ = torch.tensor(counts).sum(dim=0).tolist()
     print(f"{len(prompts)} prompts, mean reward {mean:.3f} -> {args.run}/advantages.pt\n"
-          f"{alike} of them have all rewards equal, and so nothing to learn from\n"
-          f"{num_forks} of {num_boundaries} boundaries have a node; in {num_differ} of them, the "
-          "rewards inside a node differ")
+          f"{num_forks} of {num_boundaries} boundaries have a node, {differ} with unequal rewards")
     prompt = prompts[args.show]
     shown_tree = trees["prompts"][args.show]
     tree.print_prompt(shown, "n    value   credit     LEAF     GRPO")
@@ -174,6 +172,20 @@ def grpo_advantages(rewards):
     mean = statistics.fmean(rewards)
     scale = max(sample_std(rewards), 1 / 3) + 1e-6  # as published
     return torch.tensor([(reward - mean) / scale for reward in rewards])
+
+def td_advantages(responses, rewards):
+    """For comparison, TEMPO's term (arXiv 2509.18314): by how much each token changes V, the mean
+    reward of those that begin alike; by GRPO's scale. responses (K, T) -> (K, T) float32.
+
+    >>> where_they_part = torch.tensor([[1, 1, 1], [1, 1, 2], [1, 2, 1], [2, 1, 1]])  # 0, 2 and 5
+    >>> td_advantages(where_they_part, rewards=[1.0, 0.6, 0.2, 0.2])[1]  # y1
+    tensor([ 0.2611,  0.5222, -0.5222])
+    """
+    earned = torch.tensor(rewards, dtype=torch.float64)[:, None]  # (K, 1)
+    alike = (responses[:, None] == responses).cumprod(dim=2)  # (K, K, T): up to token t
+    values = (alike * earned).sum(dim=1) / alike.sum(dim=1)  # (K, T): V after token t
+    changes = values.diff(dim=1, prepend=earned.mean().expand(len(rewards), 1))
+    return changes.float() / max(sample_std(rewards), 1 / 3)
 
 def spread(spans, lengths):
     """The spans of K responses of `lengths` tokens -> (K, T) float32: each token gets the advantage

@@ -1,9 +1,9 @@
 """05: what does the model learn from it?
 
 One epoch of policy gradient over the rollouts of the round. The loss is GRPO's clipped surrogate
-with a KL term. LEAF changes only the advantage of each token: `--method grpo` trains on the same
-files with the other advantages. Only a LoRA on the language model learns. The reference of the KL
-is the model without it, scored in 02. As in 02, a prompt is one row, its trie.
+with a KL term. LEAF changes only the advantage of each token: `--method grpo` and `td` take the
+other advantages of the same files. Only a LoRA on the language model learns. The reference of the
+KL is the model without it, scored in 02. As in 02, a prompt is one row, its trie.
 
 An update follows the gradient of a few prompts. Its line says: reward, the mean of 01's responses:
 it can rise from round to round, not within one; alike, the share of prompts with all rewards equal,
@@ -90,7 +90,7 @@ def train_step(model, optimizer, rollouts, args):
         losses = []
         for logp, rollout in zip(scoring.score_responses(model, batch), batch):
             mask = scoring.response_mask(rollout)
-            advantages = rollout[args.method]  # (K, T), "leaf" or "grpo"
+            advantages = rollout[args.method]  # (K, T)
             losses.append(policy_loss(logp, rollout["logp_old"], rollout["logp_ref"], advantages,
                                       mask, args.clip_eps, args.kl_weight))
             kl.append(reference_kl(logp, rollout["logp_ref"]).detach()[mask])
@@ -197,7 +197,7 @@ def parse_args():
     add = parser.add_argument
     count = sampling.number(int, 1)
     size = sampling.number(float, 0)
-    add("--method", default="leaf", choices=["leaf", "grpo"], help="whose advantages to train on")
+    add("--method", default="leaf", choices=["leaf", "grpo", "td"], help="whose advantages to take")
     add("--prompts-per-step", type=count, default=4, help="prompts per update")
     add("--learning-rate", type=size, default=5e-4, help="peak learning rate")
     add("--total-steps", type=sampling.number(int, 0), default=0, help="of all rounds; 0: constant")

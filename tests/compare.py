@@ -8,13 +8,15 @@ they are compared in pairs: the reward minus GRPO's, with a 95% interval over se
 
 bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three learning rates: that
         with the highest mean reward at the end of the first two seeds
-k16     32 prompts x 16 responses, 8 seeds, all at the default learning rate
-exact   64 x 8 again, 5 seeds, at the default rate too, the reward 1 for an exact answer, else 0
-real    32 x 8, 3 seeds, at the default rate, the model of tests/demo/make_real.py, whose answers
-        hold several decisions; tested after the last round only; takes --only real
+k16     32 prompts x 16 responses, 8 seeds, all at 05's learning rate
+exact   64 x 8 again, 5 seeds, at 05's rate too, the reward 1 for an exact answer, else 0
+real    32 x 8, 5 seeds, at 2e-4, the model of tests/demo/make_real.py, whose answers hold several
+        decisions; tested after the last round only. Products of matrices are taken in bfloat16,
+        if the CPU can, as on a GPU. It takes --only real
 
 Run     python tests/compare.py                            2 cores: about 2 hours
-        python tests/compare.py --only real --rounds 3 --jobs 1        80 minutes or more
+        python tests/compare.py --only real --rounds 3 --jobs 1 --methods grpo leaf
+                                                           2 cores: a run takes 7 minutes
 A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
 so give another --out, or delete the folder, when the code has changed.
 """
@@ -33,17 +35,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gradients import (REWARDS, advantage, sample_rollouts, sampling, scoring, token_advantages,
                        training, tree)
 
-METHODS = ["grpo", "leaf", "global", "local", "multiplicity 0"]
-LEARNING_RATES = ["5e-4", "2e-4", "1e-3"]  # the first is 05's default
-EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu", "task": "demo"},
-               "k16": {"N": 32, "K": 16, "seeds": 8, "reward": "bleu", "task": "demo"},
-               "exact": {"N": 64, "K": 8, "seeds": 5, "reward": "exact", "task": "demo"},
-               "real": {"N": 32, "K": 8, "seeds": 3, "reward": "bleu", "task": "real"}}
-REAL_METHODS = ["grpo", "leaf", "multiplicity 0"]
+BASELINES = ["grpo", "grpo-std"]  # with the paper's floor under the deviation, and without one
+METHODS = [*BASELINES, "leaf", "td", "tempo", "leaf-all", "global", "local", "multiplicity 0"]
+EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu", "task": "demo",
+                        "rates": ["5e-4", "2e-4", "1e-3"]},
+               "k16": {"N": 32, "K": 16, "seeds": 8, "reward": "bleu", "task": "demo",
+                       "rates": ["5e-4"]},
+               "exact": {"N": 64, "K": 8, "seeds": 5, "reward": "exact", "task": "demo",
+                         "rates": ["5e-4"]},
+               "real": {"N": 32, "K": 8, "seeds": 5, "reward": "bleu", "task": "real",
+                        "rates": ["2e-4"]}}
 TASKS = {"demo": {"model": "tests/demo/model", "manifest": "tests/demo/train.jsonl",
-                  "test": "tests/demo/test.jsonl", "answers": 5, "test_every_round": True},
+                  "test": "tests/demo/test.jsonl", "answers": 5, "test_every_round": True,
+                  "matmul": "highest"},
          "real": {"model": "runs/real-model", "manifest": "tests/demo/real/train.jsonl",
-                  "test": "tests/demo/real/test.jsonl", "answers": 3, "test_every_round": False}}
+                  "test": "tests/demo/real/test.jsonl", "answers": 3, "test_every_round": False,
+                  "matmul": "medium"}}  # products in bfloat16, if the CPU can
 # The 97.5% quantile of Student's t, by the number of values minus 1.
 T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
@@ -93,6 +100,7 @@ class Learner:
     """A model with a new LoRA, and the prompts of its task."""
 
     def __init__(self, out, N, K, reward, task, seed):
+        torch.set_float32_matmul_precision(TASKS[task]["matmul"])
         self.N = N
         self.K = K
         self.reward = REWARDS[reward]
@@ -202,36 +210,47 @@ def runs_of(name, rates, seeds, rounds):
             for seed in range(seeds) for method in rates for rate in rates[method]]
 
 
-def best_rate(out, method, seeds, rounds):
+def best_rate(out, name, method, rates, seeds, rounds):
     """The learning rate with the highest mean of the last rewards."""
     totals = {}
-    for rate in LEARNING_RATES:
-        runs = runs_of("bleu", {method: [rate]}, seeds, rounds)
+    for rate in rates:
+        runs = runs_of(name, {method: [rate]}, seeds, rounds)
         totals[rate] = sum(read_run(out, run)[rounds] for run in runs)
     return max(totals, key=totals.get)
 
 
 def show(out, name, rates, seeds, rounds):
-    """Print an experiment: mean rewards, and the paired differences to GRPO, for each method."""
-    print(f"\n{name}: {EXPERIMENTS[name]}; seeds: {seeds}\n")
+    """Print an experiment, as Markdown: for each method its mean reward, and for each baseline the
+    differences to it, paired by seed, after each round that was tested."""
+    print(f"\n{name}: {EXPERIMENTS[name]}, {seeds} seeds\n")
     rewards = {}  # by method: a dict {round: reward} for each seed
     for method in rates:
         runs = runs_of(name, {method: rates[method]}, seeds, rounds)
         rewards[method] = [read_run(out, run) for run in runs]
-    baseline = rewards["grpo"]
-    tested = list(baseline[0])
-    columns = "".join(f"{f'round {n}':>9}" for n in tested)
-    print(f"{'method':16}{'rate':>6}  {columns}   minus GRPO, 95%, after each of these rounds")
+    tested = list(rewards[method][0])
+    print_row("method", "rate", "before", *(f"round {n}" for n in tested[1:]))
+    print_row(*["---"] * (2 + len(tested)))
     for method in rates:
-        line = f"{method:16}{rates[method][0]:>6}  "
-        for n in tested:
-            line += f"{statistics.fmean(seed[n] for seed in rewards[method]):9.1f}"
-        if method != "grpo":
-            for n in tested[1:]:
-                gaps = [ours[n] - grpo[n] for ours, grpo in zip(rewards[method], baseline)]
-                half = T95[seeds - 1] * advantage.sample_std(gaps) / seeds ** 0.5
-                line += f"   {statistics.fmean(gaps):+.1f} ± {half:.1f}"
-        print(line)
+        means = [statistics.fmean(seed[n] for seed in rewards[method]) for n in tested]
+        print_row(method, *rates[method], *(f"{mean:.1f}" for mean in means))
+    for baseline in (method for method in BASELINES if method in rates):
+        print()
+        print_row(f"minus {baseline}", *(f"round {n}" for n in tested[1:]))
+        print_row(*["---"] * len(tested))
+        for method in rates:
+            if method != baseline:
+                intervals = [paired(rewards[method], rewards[baseline], n) for n in tested[1:]]
+                print_row(method, *(f"{mean:+.1f} ± {half:.1f}" for mean, half in intervals))
+
+
+def print_row(*cells):
+    print("| " + " | ".join(cells) + " |")
+
+
+def paired(ours, theirs, number):
+    """The mean difference after round `number`, and half the width of its 95% interval."""
+    gaps = [one[number] - other[number] for one, other in zip(ours, theirs)]
+    return statistics.fmean(gaps), T95[len(gaps) - 1] * advantage.sample_std(gaps) / len(gaps) ** 0.5
 
 
 def parse_args():
@@ -240,29 +259,28 @@ def parse_args():
     add("--out", type=Path, default="runs/compare", help="folder of the finished runs")
     add("--jobs", type=sampling.number(int, 1), default=2, help="runs at a time")
     add("--rounds", type=sampling.number(int, 1), default=4, help="rounds of training in a run")
+    add("--only", choices=list(EXPERIMENTS), help="one experiment instead of all but real")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="instead of all")
     add("--seeds", type=int, choices=range(1, 11), help="instead of the experiment's own number")
-    add("--only", choices=list(EXPERIMENTS), help="one experiment instead of all")
-    add("--rate", choices=LEARNING_RATES, default=LEARNING_RATES[0], help="but for bleu, which picks")
+    add("--rates", nargs="+", help="learning rates, instead of the experiment's own")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    names = [name for name in EXPERIMENTS if name != "real"]
-    if args.only:
-        names = [args.only]
+    names = [args.only] if args.only else [name for name in EXPERIMENTS if name != "real"]
     args.out.mkdir(parents=True, exist_ok=True)
     for task in {EXPERIMENTS[name]["task"] for name in names}:
         encode_task(args.out, task)
     for name in names:
         seeds = args.seeds or EXPERIMENTS[name]["seeds"]
-        rates = dict.fromkeys(REAL_METHODS if name == "real" else METHODS, [args.rate])
-        if name == "bleu":
-            selection = min(2, seeds)
-            every_rate = dict.fromkeys(METHODS, LEARNING_RATES)
-            do_all(args.out, runs_of("bleu", every_rate, selection, args.rounds), args.jobs)
-            rates = {method: [best_rate(args.out, method, selection, args.rounds)]
-                     for method in METHODS}
+        candidates = args.rates or EXPERIMENTS[name]["rates"]
+        rates = dict.fromkeys(args.methods, candidates)
+        if len(candidates) > 1:
+            some = min(2, seeds)
+            do_all(args.out, runs_of(name, rates, some, args.rounds), args.jobs)
+            for method in args.methods:
+                rates[method] = [best_rate(args.out, name, method, candidates, some, args.rounds)]
         do_all(args.out, runs_of(name, rates, seeds, args.rounds), args.jobs)
         show(args.out, name, rates, seeds, args.rounds)
 

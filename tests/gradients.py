@@ -19,10 +19,12 @@ rewards equal counts as 0.
 
 As in training, responses come from a top-p nucleus, log-probabilities from the full softmax. Only
 with --top-p 1 are the two the same policy, and the true gradient is that of its expected reward.
+`grpo-std` is GRPO without a floor under the deviation. `td` credits a token by what it changes in V,
+`tempo` adds that to GRPO's advantage. `leaf-all` is LEAF with a boundary wherever responses part.
 `sum` is (r - mean) with a sum over tokens, as in the true gradient; the others take a mean.
 
 Reads   RUN/adapter or, before the first training, RUN/rollouts.pt, which know the model; a manifest
-Run     python tests/gradients.py --num-prompts 8 --num-samples 128           demo, 2 cores: 40 s
+Run     python tests/gradients.py --num-prompts 8 --num-samples 128           demo, 2 cores: 1 min
 """
 import argparse
 import statistics
@@ -40,9 +42,9 @@ tree = import_module("03_tree")
 advantage = import_module("04_advantage")
 training = import_module("05_train")
 
-SPAN_METHODS = {"leaf": {}, "global": {"terms": "global"}, "local": {"terms": "local"},
-                "multiplicity 0": {"multiplicity": 0}, "no z-score": {}}
-METHODS = ["grpo", *SPAN_METHODS, "sum"]
+SPAN_METHODS = {"leaf": {}, "leaf-all": {}, "global": {"terms": "global"},
+                "local": {"terms": "local"}, "multiplicity 0": {"multiplicity": 0}, "no z-score": {}}
+METHODS = ["grpo", "grpo-std", "td", "tempo", *SPAN_METHODS, "sum"]
 COSINES = ["prompt_cosine", "update_cosine", "round_cosine", "mean_cosine"]
 PROMPTS_PER_UPDATE = 4
 SAMPLING = {"max_new_tokens": 200, "temperature": 1.0}  # as 01
@@ -75,16 +77,31 @@ def token_advantages(method, rollout, fork_budget):
     lengths = rollout["lengths"]
     if method in SPAN_METHODS:
         boundaries = tree.select_boundaries(rollout["surprisal"], lengths, fork_budget)
+        if method == "leaf-all":
+            boundaries = every_boundary(rollout["responses"])
         groups = [tree.group_prefixes(rollout["responses"], lengths, b) for b in boundaries]
         options = SPAN_METHODS[method]
         spans = advantage.span_advantages(boundaries, groups, lengths, rewards, **options)
         normalized = spans if method == "no z-score" else advantage.zscore(spans)
         return advantage.spread(normalized, lengths)
+    changes = advantage.td_advantages(rollout["responses"], rewards)
+    if method == "td":
+        return changes
     values = advantage.grpo_advantages(rewards)
-    if method == "sum":
+    if method in ("sum", "grpo-std"):
         values = torch.tensor(rewards) - statistics.fmean(rewards)
+    if method == "grpo-std":
+        values = values / (advantage.sample_std(rewards) + 1e-4)
     whole = [[(0, length, value)] for length, value in zip(lengths, values)]
-    return advantage.spread(whole, lengths)
+    whole = advantage.spread(whole, lengths)
+    return whole + changes if method == "tempo" else whole
+
+
+def every_boundary(responses):
+    """Where responses part that share a token: B without limit, D 1."""
+    alike = (responses[:, None] == responses).cumprod(dim=2)  # (K, K, T): up to token t
+    part = alike[:, :, :-1] > alike[:, :, 1:]
+    return (part.flatten(0, 1).any(dim=0).nonzero().flatten() + 1).tolist()
 
 
 def flat_gradient(scalar, weights):

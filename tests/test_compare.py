@@ -84,21 +84,22 @@ def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_
     monkeypatch.setattr(compare, "ProcessPoolExecutor", OneProcess)
     monkeypatch.setattr(compare.os, "cpu_count", torch.get_num_threads)
     monkeypatch.setattr("sys.stderr", sys.stderr)  # put back afterwards
-    monkeypatch.setattr(compare, "METHODS", ["grpo", "leaf"])
-    monkeypatch.setattr(compare, "LEARNING_RATES", ["5e-4", "1e-3"])
+    methods, rates = ["grpo", "grpo-std", "leaf"], ["5e-4", "1e-3"]
     monkeypatch.setattr(compare, "EXPERIMENTS", {
-        "bleu": {"N": 4, "K": 2, "seeds": 3, "reward": "bleu", "task": "demo"}})
+        "bleu": {"N": 4, "K": 2, "seeds": 3, "reward": "bleu", "task": "demo", "rates": rates}})
     embeds = [prompt.clone() for prompt in prompt_embeds]
     sampling.save_file(tmp_path / "embeds-demo.pt", [(examples, embeds), (examples[:1], embeds[:1])])
     rewards = {("grpo", "5e-4"): [60, 62, 64], ("grpo", "1e-3"): [50, 52, 99],  # the third seed has no say
+               ("grpo-std", "5e-4"): [60, 60, 60], ("grpo-std", "1e-3"): [60, 59, 99],
                ("leaf", "5e-4"): [40, 42, 44], ("leaf", "1e-3"): [63, 66, 69]}
-    runs = compare.runs_of("bleu", dict.fromkeys(compare.METHODS, compare.LEARNING_RATES), seeds=3, rounds=1)
+    runs = compare.runs_of("bleu", dict.fromkeys(methods, rates), seeds=3, rounds=1)
     missing = runs[0]
     assert (missing["method"], missing["rate"], missing["seed"]) == ("grpo", "5e-4", 0)
     for run in runs[1:]:
         reward = rewards[run["method"], run["rate"]][run["seed"]]
         compare.run_file(tmp_path, run).write_text(f"round,reward\n0,10\n1,{reward}\n", encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["compare.py", "--out", str(tmp_path), "--rounds", "1", "--jobs", "1"])
+    monkeypatch.setattr("sys.argv", ["compare.py", "--out", str(tmp_path), "--rounds", "1", "--jobs", "1",
+                                     "--methods", *methods])
     compare.main()
     made = compare.read_run(tmp_path, missing)
     assert list(made) == [0, 1] and all(0 <= reward <= 100 for reward in made.values())
@@ -106,7 +107,11 @@ def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_
     compare.run_file(tmp_path, missing).write_text("round,reward\n0,10\n1,60\n", encoding="utf-8")
     capsys.readouterr()
     compare.main()  # nothing is left to do
-    grpo, leaf = capsys.readouterr().out.splitlines()[-2:]
-    assert grpo.split() == ["grpo", "5e-4", "10.0", "62.0"]
+    lines = capsys.readouterr().out.splitlines()
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if line.startswith("|")]
+    assert ("grpo", "5e-4", "10.0", "62.0") in rows and ("leaf", "1e-3", "10.0", "66.0") in rows
     half = 4.303 * statistics.stdev([63 - 60, 66 - 62, 69 - 64]) / 3 ** 0.5
-    assert leaf.split() == ["leaf", "1e-3", "10.0", "66.0", "+4.0", "±", f"{half:.1f}"]
+    of_grpo, of_grpo_std = rows.index(("minus grpo", "round 1")), rows.index(("minus grpo-std", "round 1"))
+    assert rows[of_grpo + 3] == ("leaf", f"+4.0 ± {half:.1f}")
+    half = 4.303 * statistics.stdev([63 - 60, 66 - 60, 69 - 60]) / 3 ** 0.5
+    assert rows[of_grpo_std + 3] == ("leaf", f"+6.0 ± {half:.1f}")

@@ -5,12 +5,13 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import call, load, padded, parsed, refusal
+from conftest import load, padded, parsed, refusal
 
 import gradients
 
 sampling = import_module("01_sample")
 scoring = import_module("02_surprisal")
+tree = import_module("03_tree")
 advantage = import_module("04_advantage")
 training = import_module("05_train")
 
@@ -41,30 +42,72 @@ def credited(run, options=()):
     return prompts
 
 
+def tokens_of(rollout):
+    return [row[:length] for row, length in zip(rollout["responses"].tolist(), rollout["lengths"].tolist())]
+
+
+def value(rollout, prefix):
+    """The mean reward of the responses that begin with these tokens."""
+    rewards = [reward for tokens, reward in zip(tokens_of(rollout), rollout["rewards"])
+               if tokens[:len(prefix)] == prefix]
+    return sum(rewards) / len(rewards)
+
+
 def advantages_of(method, rollout):
     """(K, T), from 04's file where it has them; `sum` undoes the mean over tokens of 05's loss."""
     lengths = rollout["lengths"]
+    mask = scoring.response_mask(rollout)
+    rewards = torch.tensor(rollout["rewards"])
     if method == "no z-score":
         return advantage.spread(rollout["spans"], lengths)
     if method == "sum":
-        rewards = torch.tensor(rollout["rewards"])
-        return ((rewards - rewards.mean()) * lengths)[:, None] * scoring.response_mask(rollout)
+        return ((rewards - rewards.mean()) * lengths)[:, None] * mask
+    if method == "grpo-std":
+        return ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None] * mask
+    if method in ("td", "tempo"):
+        whole = torch.zeros(mask.shape) if method == "td" else rollout["grpo"].clone()
+        for i, tokens in enumerate(tokens_of(rollout)):
+            for t in range(len(tokens)):
+                change = value(rollout, tokens[:t + 1]) - value(rollout, tokens[:t])
+                whole[i, t] += change / max(rewards.std().item(), 1 / 3)
+        return whole
+    if method == "leaf-all":
+        boundaries = [b for b in range(1, mask.shape[1]) if any(
+            one[:b] == other[:b] and one[b:b + 1] != other[b:b + 1]
+            for one in tokens_of(rollout) for other in tokens_of(rollout))]
+        groups = [tree.group_prefixes(rollout["responses"], lengths, b) for b in boundaries]
+        spans = advantage.span_advantages(boundaries, groups, lengths, rollout["rewards"])
+        return advantage.spread(advantage.zscore(spans), lengths)
     return rollout["grpo" if method == "grpo" else "leaf"]
 
 
+@pytest.fixture(scope="module")
+def measured(rounds, policy, tmp_path_factory):
+    """The gradients of all methods from each prompt."""
+    run = shutil.copytree(rounds.sampled, tmp_path_factory.mktemp("measured") / "run")
+    return [gradients.method_gradients(policy[0], rollout, policy[1], fork_budget=2)
+            for rollout in credited(run)]
+
+
 @pytest.mark.parametrize("method", gradients.METHODS)
-def test_a_methods_gradient_is_that_of_05s_loss(rounds, policy, method, tmp_path):
+def test_a_methods_gradient_is_that_of_05s_loss(rounds, policy, measured, method, tmp_path):
     model, weights = policy
     run = shutil.copytree(rounds.sampled, tmp_path / "run")
-    for rollout in credited(run, FLAGS.get(method, [])):
+    for rollout, found in zip(credited(run, FLAGS.get(method, [])), measured, strict=True):
         [logp] = scoring.score_responses(model, [rollout])
         loss = training.policy_loss(logp, rollout["logp_old"], rollout["logp_ref"],
                                     advantages_of(method, rollout),
                                     scoring.response_mask(rollout), clip_eps=0.2, kl_weight=0.02)
         wanted = -torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
-        found = gradients.method_gradients(model, rollout, weights, fork_budget=2)
         assert wanted.norm() > 0.01
         torch.testing.assert_close(found[gradients.METHODS.index(method)], wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_every_boundary():
+    """Identical responses part nowhere; at 0 all are together."""
+    responses, _ = padded([[5, 6, 7, 8, 2], [5, 6, 9, 8, 2], [5, 6, 7, 2], [5, 6, 7, 2], [4, 6, 3, 2]])
+    assert gradients.every_boundary(responses) == [2, 3]
+    assert gradients.every_boundary(responses[2:4]) == []
 
 
 def expected_reward(model, embeds):
@@ -124,7 +167,8 @@ def test_true_gradient_counts_every_token(policy, prompt_embeds):
         torch.testing.assert_close(gradients.true_gradient(model, groups, weights), wanted, atol=1e-4, rtol=1e-3)
 
 
-def test_cosines_of_the_true_gradient_with_itself(rounds, policy, tmp_path):
+def test_cosines_of_the_true_gradient_with_itself(rounds, policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "METHODS", ["grpo", "leaf", "global", "sum"])
     first, second = credited(shutil.copytree(rounds.sampled, tmp_path / "run"))
     prompts = [[first] * 4, [second] * 4, [second] * 4, [first] * 4]
     columns = gradients.measure(*policy[:1], prompts, policy[1], fork_budget=2)
@@ -138,8 +182,9 @@ def test_cosines_of_the_true_gradient_with_itself(rounds, policy, tmp_path):
             assert (columns[f"{name}_se"] < 1e-4).all() and (columns[f"{name}_gap_se"] < 1e-4).all()
 
 
-def test_the_standard_error_is_that_of_the_difference(rounds, policy, tmp_path):
+def test_the_standard_error_is_that_of_the_difference(rounds, policy, tmp_path, monkeypatch):
     """Two rounds, so two differences to GRPO: their standard error is half of what lies between."""
+    monkeypatch.setattr(gradients, "METHODS", ["grpo", "leaf"])
     model, weights = policy
     first, second = credited(shutil.copytree(rounds.sampled, tmp_path / "run"))
     columns = gradients.measure(model, [[first, second, first, second]] * 4, weights, fork_budget=2)
@@ -153,8 +198,9 @@ def test_the_standard_error_is_that_of_the_difference(rounds, policy, tmp_path):
     torch.testing.assert_close(columns["round_cosine_gap_se"], (one - two).abs() / 2, atol=1e-4, rtol=1e-3)
 
 
-def test_the_command(rounds, tmp_path, capsys):
+def test_the_command(rounds, tmp_path, capsys, monkeypatch):
     """On the untouched model that a run has sampled from, and on the one that it has trained."""
+    monkeypatch.setattr(gradients, "METHODS", ["grpo", "leaf"])
     sentence = refusal("tests/gradients.py", "--run", tmp_path / "run", "--num-samples", 20)
     assert "--num-samples has to be a multiple of 2 K" in sentence
     options = ["--num-prompts", 4, "--num-samples", 8, "--num-responses", 2, "--reward", "exact",
@@ -162,7 +208,7 @@ def test_the_command(rounds, tmp_path, capsys):
     assert "run 01_sample.py" in refusal("tests/gradients.py", "--run", tmp_path / "run", *options)
     for run, said in ((rounds.sampled, "no adapter"), (rounds.trained, "adapter, mean reward")):
         run = shutil.copytree(run, tmp_path / run.name)
-        call("tests/gradients.py", "--run", run, *options)
+        gradients.main(parsed("gradients.py", "--run", run, *options))
         assert said in capsys.readouterr().out
     rows = list(csv.DictReader(open(tmp_path / "new" / "table.csv", encoding="utf-8")))
     assert [row["method"] for row in rows] == gradients.METHODS

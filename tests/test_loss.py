@@ -134,7 +134,7 @@ def step_of(tmp_path, rounds, monkeypatch):
 
 @pytest.mark.parametrize("method, per_batch, checkpoints", [
     ("leaf", 1, "--no-gradient-checkpointing"), ("leaf", 2, "--gradient-checkpointing"),
-    ("grpo", 2, "--no-gradient-checkpointing")])
+    ("grpo", 2, "--no-gradient-checkpointing"), ("td", 2, "--no-gradient-checkpointing")])
 def test_a_step_follows_the_loss_of_all_its_prompts(rounds, step_of, method, per_batch, checkpoints):
     """Every response's mean over all of its tokens, every prompt's mean over its responses, the mean
     of the prompts; the ratio is 1, so that nothing is clipped; reference and policy differ."""

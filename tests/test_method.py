@@ -4,6 +4,7 @@ import re
 from importlib import import_module
 
 import pytest
+import torch
 from conftest import padded
 
 tree = import_module("03_tree")
@@ -85,18 +86,58 @@ def test_the_worked_tree():
         assert name in line and f"= {both:+.2f}" in line and ("each" in line) == (len(members) > 1)
 
 
-def test_the_worked_responses():
-    """The four responses in the docstring of 03, cut as the code cuts them."""
+def worked_responses():
+    """The four responses in the docstring of 03: their rows, tokens (K, T), and lengths."""
     rows = re.findall(r"^    y\d +(.*)$", tree.__doc__, re.MULTILINE)
     words = [row.replace("|", " ").split() for row in rows]
     number = {word: n for n, word in enumerate(sorted({word for row in words for word in row}))}
-    responses, lengths = padded([[number[word] for word in row] for row in words])
+    return rows, *padded([[number[word] for word in row] for row in words])
+
+
+def test_the_worked_responses():
+    """They are cut as the code cuts them."""
+    rows, responses, lengths = worked_responses()
     assert lengths.tolist() == LENGTHS
     assert [tree.group_prefixes(responses, lengths, b) for b in BOUNDARIES] == GROUPS
     spans = advantage.span_advantages(BOUNDARIES, GROUPS, LENGTHS, REWARDS)
     for row, response_spans in zip(rows, spans, strict=True):
         sizes = [len(part.split()) for part in row.split("|")]
         assert sizes == [end - start for start, end, _ in response_spans]
+
+
+# td.
+
+def test_changes_of_value_on_the_worked_tree():
+    """V is 0.5 at the root, 0.6 for y0 to y2, 0.8 for y0 and y1. Where nobody parts, nothing changes."""
+    _, responses, _ = worked_responses()
+    wanted = torch.zeros(4, 8)
+    wanted[:3, 0] = 0.6 - 0.5
+    wanted[3, 0] = 0.2 - 0.5
+    wanted[:2, 2] = 0.8 - 0.6
+    wanted[2, 2] = 0.2 - 0.6
+    wanted[0, 5] = 1.0 - 0.8
+    wanted[1, 5] = 0.6 - 0.8
+    scale = torch.tensor(REWARDS).std()  # 0.38, more than 1/3
+    found = advantage.td_advantages(responses, REWARDS)
+    torch.testing.assert_close(found * scale, wanted)
+    torch.testing.assert_close((found * scale).sum(dim=1), torch.tensor(REWARDS) - 0.5)
+    assert not found[wanted == 0].any()
+
+
+def test_changes_of_value_of_responses_of_other_lengths():
+    """The first and the third are identical. The deviation is less than 1/3."""
+    responses, lengths = padded([[5, 2], [5, 7, 2], [5, 2], [5, 7, 8, 2]])
+    found = advantage.td_advantages(responses, [1.0, 0.7, 1.0, 0.5])
+    wanted = [[0, 0.2, 0, 0], [0, -0.2, 0.1, 0], [0, 0.2, 0, 0], [0, -0.2, -0.1, 0]]
+    torch.testing.assert_close(found, 3 * torch.tensor(wanted))
+
+
+def test_alike_responses_or_rewards_change_no_value():
+    responses, _ = padded([[5, 6, 2], [5, 6, 2], [5, 6, 2]])
+    assert not advantage.td_advantages(responses, [0.7, 0.7, 0.7]).any()
+    assert not advantage.td_advantages(responses[:1], [0.7]).any()
+    responses, _ = padded([[5, 6, 2], [5, 2], [7, 2]])
+    assert advantage.td_advantages(responses, [0.7, 0.7, 0.7]).abs().max() < 1e-9
 
 
 # Steps 6 and 7.

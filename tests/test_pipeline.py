@@ -111,7 +111,8 @@ def check_advantages(prompt, found, earned):
     K, T = prompt["responses"].shape
     rewards = earned["rewards"]
     assert rewards.shape == (K,) and rewards.tolist() == pytest.approx(advantage.prompt_rewards(prompt))
-    assert earned.keys() == {"rewards", "leaf", "grpo", "spans"}
+    assert earned.keys() == {"rewards", "leaf", "grpo", "td", "spans"}
+    torch.testing.assert_close(earned["td"], advantage.td_advantages(prompt["responses"], rewards.tolist()))
     spans = advantage.span_advantages(found["boundaries"], found["groups"], prompt["lengths"], rewards.tolist())
     for row, wanted in zip(earned["spans"], spans, strict=True):
         assert [number for span in row for number in span] == pytest.approx(
@@ -150,13 +151,6 @@ def test_a_larger_budget_and_none(handmade):
     assert all(len(row) == 1 for earned in load(handmade, "advantages")["prompts"] for row in earned["spans"])
     call("03_tree.py", "--run", handmade, "--fork-budget", 4)
     assert load(handmade, "tree")["prompts"][0]["boundaries"] != [2, 4]
-
-
-def test_rewards_all_alike_are_said(handmade, capsys):
-    call("03_tree.py", "--run", handmade)
-    capsys.readouterr()
-    call("04_advantage.py", "--run", handmade, "--show", 2)
-    assert "1 of them have all rewards equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rewards", [[1, 0, 1, 1], [True, False, False, False]])
@@ -384,16 +378,17 @@ def test_the_same_seed_gives_the_same_files_bit_for_bit(tmp_path, rounds):
         assert (tmp_path / name).read_bytes() == (rounds.trained / name).read_bytes(), name
 
 
-def test_grpo_trains_from_the_same_files(tmp_path, rounds):
+def test_other_methods_train_from_the_same_files(tmp_path, rounds):
     found = {}
-    for method in ("leaf", "grpo"):
+    for method in ("leaf", "grpo", "td"):
         run = shutil.copytree(rounds.sampled, tmp_path / method)
         call("05_train.py", "--run", run, "--method", method)
         found[method] = adapter_of(run)
         assert [row["method"] for row in table(run / "train.csv")] == [method]
         assert all((run / f"{name}.pt").read_bytes() == (rounds.sampled / f"{name}.pt").read_bytes()
                    for name in STAGES)
-    assert same(found["leaf"], adapter_of(rounds.trained)) and not same(found["leaf"], found["grpo"])
+    assert same(found["leaf"], adapter_of(rounds.trained))
+    assert not any(same(found[one], found[other]) for one, other in (("leaf", "grpo"), ("leaf", "td"), ("grpo", "td")))
 
 
 @pytest.mark.parametrize("options, factors", [
