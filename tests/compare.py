@@ -233,14 +233,18 @@ def show(out, name, rates, seeds, rounds):
     for method in rates:
         means = [statistics.fmean(seed[n] for seed in rewards[method]) for n in tested]
         print_row(method, *rates[method], *(f"{mean:.1f}" for mean in means))
+    excluding = []
     for baseline in (method for method in BASELINES if method in rates):
         print()
         print_row(f"minus {baseline}", *(f"round {n}" for n in tested[1:]))
         print_row(*["---"] * len(tested))
         for method in rates:
-            if method != baseline:
+            if method not in (baseline, "grpo"):
                 intervals = [paired(rewards[method], rewards[baseline], n) for n in tested[1:]]
+                excluding += [abs(mean) > half for mean, half in intervals]
                 print_row(method, *(f"{mean:+.1f} ± {half:.1f}" for mean, half in intervals))
+    print(f"\n{sum(excluding)} of {len(excluding)} intervals exclude 0; about "
+          f"{0.05 * len(excluding):.0f} would by chance, if nothing differed")
 
 
 def print_row(*cells):
