@@ -103,6 +103,18 @@ def test_a_methods_gradient_is_that_of_05s_loss(rounds, policy, measured, method
         torch.testing.assert_close(found[gradients.METHODS.index(method)], wanted, atol=1e-5, rtol=1e-3)
 
 
+def test_where_rewards_hardly_differ():
+    """GRPO has a floor of 1/3 under the deviation, which is 0.01 here; `grpo-std` has none."""
+    responses, lengths = padded([[5, 6, 2], [5, 2], [7, 2]])
+    rollout = {"responses": responses, "lengths": lengths, "rewards": [0.51, 0.5, 0.49]}
+    found = {method: gradients.token_advantages(method, rollout, fork_budget=2)[0].tolist()
+             for method in ("grpo", "grpo-std", "td", "tempo")}
+    assert found["grpo"] == pytest.approx([0.03] * 3, rel=1e-3)
+    assert found["grpo-std"] == pytest.approx([0.01 / 0.0101] * 3, rel=1e-3)
+    assert found["td"] == pytest.approx([0.015, 0.015, 0], abs=1e-6)
+    assert found["tempo"] == pytest.approx([0.045, 0.045, 0.03], rel=1e-3)
+
+
 def test_every_boundary():
     """Identical responses part nowhere; at 0 all are together."""
     responses, _ = padded([[5, 6, 7, 8, 2], [5, 6, 9, 8, 2], [5, 6, 7, 2], [5, 6, 7, 2], [4, 6, 3, 2]])
