@@ -54,7 +54,7 @@ Reads   RUN/rollouts.pt: texts, reference, lengths; RUN/tree.pt
 Writes  RUN/advantages.pt, per prompt: float32 rewards (K,); leaf, grpo and td (K, T), the advantage
         of each token by each method, 0 at padding; and spans, K lists of [start, end, credit]
 Run     python 04_advantage.py                                   demo: about 1 s
-Differs from the paper (arXiv 2606.07610): two flags, for ablations. (Steps 4 to 7 of the README.)
+Differs from the paper (arXiv 2606.07610): two flags, and td. (Steps 4 to 7 of the README.)
 """
 import math
 import re

@@ -4,19 +4,18 @@ A run trains as 01 to 05 do, with their functions, settings and draws, but in on
 recordings encoded once for all runs. After every round the test prompts are answered, with the
 sampling of 01; a run reports the mean reward of these answers. Methods with the same seed see
 the same prompts and, in the first round, the same responses (sampled once, for all of them). So
-they are compared in pairs: the reward minus GRPO's, with a 95% interval over seeds (Student's t).
+they are compared in pairs: the reward minus that of a baseline, GRPO with the paper's floor under
+its deviation or without, with a 95% interval over seeds (Student's t). --methods takes some alone.
 
 bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three learning rates: that
         with the highest mean reward at the end of the first two seeds
 k16     32 prompts x 16 responses, 8 seeds, all at 05's learning rate
 exact   64 x 8 again, 5 seeds, at 05's rate too, the reward 1 for an exact answer, else 0
 real    32 x 8, 5 seeds, at 2e-4, the model of tests/demo/make_real.py, whose answers hold several
-        decisions; tested after the last round only. Products of matrices are taken in bfloat16,
-        if the CPU can, as on a GPU. It takes --only real
+        decisions; tested after the last round only; takes --only real
 
 Run     python tests/compare.py                            2 cores: about 2 hours
-        python tests/compare.py --only real --rounds 3 --jobs 1 --methods grpo leaf
-                                                           2 cores: a run takes 7 minutes
+        python tests/compare.py --only real --rounds 3     2 cores: about 8 minutes a run
 A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
 so give another --out, or delete the folder, when the code has changed.
 """
@@ -46,11 +45,9 @@ EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu", "task": "
                "real": {"N": 32, "K": 8, "seeds": 5, "reward": "bleu", "task": "real",
                         "rates": ["2e-4"]}}
 TASKS = {"demo": {"model": "tests/demo/model", "manifest": "tests/demo/train.jsonl",
-                  "test": "tests/demo/test.jsonl", "answers": 5, "test_every_round": True,
-                  "matmul": "highest"},
+                  "test": "tests/demo/test.jsonl", "answers": 5, "test_every_round": True},
          "real": {"model": "runs/real-model", "manifest": "tests/demo/real/train.jsonl",
-                  "test": "tests/demo/real/test.jsonl", "answers": 3, "test_every_round": False,
-                  "matmul": "medium"}}  # products in bfloat16, if the CPU can
+                  "test": "tests/demo/real/test.jsonl", "answers": 3, "test_every_round": False}}
 # The 97.5% quantile of Student's t, by the number of values minus 1.
 T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
@@ -100,7 +97,6 @@ class Learner:
     """A model with a new LoRA, and the prompts of its task."""
 
     def __init__(self, out, N, K, reward, task, seed):
-        torch.set_float32_matmul_precision(TASKS[task]["matmul"])
         self.N = N
         self.K = K
         self.reward = REWARDS[reward]
