@@ -175,10 +175,10 @@ def grpo_advantages(rewards):
 
 def td_advantages(responses, rewards):
     """For comparison, TEMPO's term (arXiv 2509.18314): by how much each token changes V, the mean
-    reward of those that begin alike; by GRPO's scale. responses (K, T) -> (K, T) float32.
+    reward of those that begin alike, divided by GRPO's scale. responses (K, T) -> (K, T) float32.
 
-    >>> where_they_part = torch.tensor([[1, 1, 1], [1, 1, 2], [1, 2, 1], [2, 1, 1]])  # 0, 2 and 5
-    >>> td_advantages(where_they_part, rewards=[1.0, 0.6, 0.2, 0.2])[1]  # y1
+    >>> tokens_0_2_and_5 = torch.tensor([[1, 1, 1], [1, 1, 2], [1, 2, 1], [2, 1, 1]])
+    >>> td_advantages(tokens_0_2_and_5, rewards=[1.0, 0.6, 0.2, 0.2])[1]  # y1
     tensor([ 0.2611,  0.5222, -0.5222])
     """
     earned = torch.tensor(rewards, dtype=torch.float64)[:, None]  # (K, 1)

@@ -98,7 +98,7 @@ def token_advantages(method, rollout, fork_budget):
 
 
 def every_boundary(responses):
-    """Where responses part that share a token: B without limit, D 1."""
+    """Wherever responses part that begin alike: B without limit, D 1."""
     alike = (responses[:, None] == responses).cumprod(dim=2)  # (K, K, T): up to token t
     part = alike[:, :, :-1] > alike[:, :, 1:]
     return (part.flatten(0, 1).any(dim=0).nonzero().flatten() + 1).tolist()
