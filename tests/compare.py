@@ -144,9 +144,11 @@ def prepare(out, threads, start):
     sampling.save_file(start_file(out, **start), content)
 
 
-def one_run(out, method, rate, rounds, **start):
+def one_run(out, method, rate, rounds, kl_weight=None, **start):
     """Train a model for some rounds; {round: mean test reward}, 0 being before the first."""
     learner = Learner(out, **start)
+    if kl_weight is not None:
+        learner.train_args.kl_weight = kl_weight
     optimizer = training.load_optimizer(learner.model, None)
     optimizer.param_groups[0]["lr"] = float(rate)
     base, rollouts = torch.load(start_file(out, **start), weights_only=True)
@@ -201,7 +203,8 @@ def do_all(out, runs, jobs):
 
 def runs_of(name, rates, seeds, rounds):
     """The runs of an experiment, dicts: for each seed and method, one at each of its rates."""
-    setting = {key: EXPERIMENTS[name][key] for key in ("N", "K", "reward", "task")}
+    setting = {key: value for key, value in EXPERIMENTS[name].items()
+               if key in ("N", "K", "reward", "task", "kl_weight")}
     return [{**setting, "method": method, "rate": rate, "seed": seed, "rounds": rounds}
             for seed in range(seeds) for method in rates for rate in rates[method]]
 
@@ -230,7 +233,7 @@ def show(out, name, rates, seeds, rounds):
         means = [statistics.fmean(seed[n] for seed in rewards[method]) for n in tested]
         print_row(method, *rates[method], *(f"{mean:.1f}" for mean in means))
     excluding = []
-    for baseline in (method for method in BASELINES if method in rates):
+    for baseline in (method for method in BASELINES if method in rates and len(rates) > 1):
         print()
         print_row(f"minus {baseline}", *(f"round {n}" for n in tested[1:]))
         print_row(*["---"] * len(tested))
@@ -263,6 +266,7 @@ def parse_args():
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="instead of all")
     add("--seeds", type=int, choices=range(1, 11), help="instead of the experiment's own number")
     add("--rates", nargs="+", help="learning rates, instead of the experiment's own")
+    add("--kl-weight", type=sampling.number(float, 0), help="instead of 05's")
     return parser.parse_args()
 
 
@@ -273,6 +277,8 @@ def main():
     for task in {EXPERIMENTS[name]["task"] for name in names}:
         encode_task(args.out, task)
     for name in names:
+        if args.kl_weight is not None:
+            EXPERIMENTS[name]["kl_weight"] = args.kl_weight
         seeds = args.seeds or EXPERIMENTS[name]["seeds"]
         candidates = args.rates or EXPERIMENTS[name]["rates"]
         rates = dict.fromkeys(args.methods, candidates)

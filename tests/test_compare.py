@@ -116,3 +116,24 @@ def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_
     half = 4.303 * statistics.stdev([63 - 60, 66 - 60, 69 - 60]) / 3 ** 0.5
     assert rows[of_grpo_std + 2:] == [("leaf", f"+6.0 ± {half:.1f}")]
     assert lines[-1].startswith("1 of 3 intervals exclude 0; about 0 would")
+
+
+def test_a_kl_weight_of_ones_own(tmp_path, monkeypatch, capsys, prompt_embeds, examples):
+    """It reaches the update, and has files of its own."""
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", OneProcess)
+    monkeypatch.setattr(compare.os, "cpu_count", torch.get_num_threads)
+    monkeypatch.setattr("sys.stderr", sys.stderr)  # put back afterwards
+    monkeypatch.setattr(compare, "EXPERIMENTS", {
+        "bleu": {"N": 4, "K": 2, "seeds": 1, "reward": "bleu", "task": "demo", "rates": ["5e-4"]}})
+    seen = []
+    monkeypatch.setattr(compare, "train_round", lambda *given: seen.append(given[-1].kl_weight))
+    embeds = [prompt.clone() for prompt in prompt_embeds]
+    sampling.save_file(tmp_path / "embeds-demo.pt", [(examples, embeds), (examples[:1], embeds[:1])])
+    for option in (["--kl-weight", "0"], []):
+        monkeypatch.setattr("sys.argv", ["compare.py", "--out", str(tmp_path), "--rounds", "1", "--jobs", "1",
+                                         "--methods", "grpo", *option])
+        monkeypatch.setitem(compare.EXPERIMENTS, "bleu", {**compare.EXPERIMENTS["bleu"]})
+        compare.EXPERIMENTS["bleu"].pop("kl_weight", None)
+        compare.main()
+    assert seen == [0, 0.02] and len(list(tmp_path.glob("*.csv"))) == 2
+    assert "minus" not in capsys.readouterr().out
