@@ -21,7 +21,7 @@ def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
     numbers = {example["id"]: n for n, example in enumerate(examples)}
     embeds = [torch.zeros(1, 1)] * len(examples)
     for _ in range(2):
-        call("01_sample.py", "--run", tmp_path, "--num-prompts", 5, "--num-responses", 4, "--seed", 3)
+        call("01_sample.py", "--run", tmp_path, "--num-prompts", 5, "--num-responses", 2, "--seed", 3)
         for script in ("02_surprisal.py", "03_tree.py", "04_advantage.py"):
             call(script, "--run", tmp_path)
         call("05_train.py", "--run", tmp_path, "--learning-rate", 1e-3)
@@ -35,7 +35,7 @@ def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
                         lambda model, *rest: (real_round(model, *rest), trained.append(model)))
     test_set = (examples[:1], [rollouts[0]["embeds"]])
     sampling.save_file(tmp_path / "embeds-demo.pt", [(examples, embeds), test_set])
-    start = {"N": 5, "K": 4, "reward": "bleu", "task": "demo", "seed": 3}
+    start = {"N": 5, "K": 2, "reward": "bleu", "task": "demo", "seed": 3}
     monkeypatch.setattr("sys.stderr", sys.stderr)  # put back after prepare
     compare.prepare(tmp_path, torch.get_num_threads(), start)
     rewards = compare.one_run(tmp_path, method="leaf", rate="1e-3", rounds=2, **start)
@@ -45,6 +45,7 @@ def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
     wanted = peft.load_peft_weights(str(tmp_path / "adapter"), device="cpu")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert any(weight.any() for name, weight in found.items() if "lora_B" in name)  # it has learned
 
 
 def test_recordings_are_encoded_once_into_a_new_folder(tmp_path, monkeypatch):
