@@ -24,7 +24,7 @@ with --top-p 1 are the two the same policy, and the true gradient is that of its
 `sum` is (r - mean) with a sum over tokens, as in the true gradient; the others take a mean.
 
 Reads   RUN/adapter or, before the first training, RUN/rollouts.pt, which know the model; a manifest
-Run     python tests/gradients.py --num-prompts 8 --num-samples 128           demo, 2 cores: 1 min
+Run     python tests/gradients.py --num-prompts 8 --num-samples 128           demo, 2 cores: 40 s
 """
 import argparse
 import statistics
