@@ -5,7 +5,7 @@ recordings encoded once for all runs. After every round the test prompts are ans
 sampling of 01; a run reports the mean reward of these answers. Methods with the same seed see
 the same prompts and, in the first round, the same responses (sampled once, for all of them). So
 they are compared in pairs: the reward minus that of a baseline, GRPO with the paper's floor under
-its deviation or without, with a 95% interval over seeds (Student's t). --methods takes some alone.
+its deviation or without, with a 95% interval over seeds (Student's t). --methods picks some.
 
 bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three learning rates: that
         with the highest mean reward at the end of the first two seeds

@@ -16,8 +16,8 @@ import pytest
 import soundfile
 import torch
 from conftest import TEST, TRAIN, call, load, parsed, refusal, sampled_round, shell
-from families import (MelSpectrogram, family_processor, features, memory_of_layers, memory_of_training, published_config,
-                      random_model, stand_in_for_torchaudio)
+from families import (MelSpectrogram, family_processor, features, memory_of_layers, memory_of_training,
+                      published_config, random_model, stand_in_for_torchaudio)
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.utils import backend_registration
