@@ -310,5 +310,5 @@ def test_python_without_docstrings_and_without_output(rounds, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["03_tree.py", "--run", str(run)])
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
-    exec(script, {"__name__": "__main__"})
+    exec(script, {"__name__": "__main__", "__doc__": None})
     assert (run / "tree.pt").exists()
