@@ -213,6 +213,7 @@ def test_the_standard_error_is_that_of_the_difference(rounds, policy, tmp_path, 
 def test_the_command(rounds, tmp_path, capsys, monkeypatch):
     """On the untouched model that a run has sampled from, and on the one that it has trained."""
     monkeypatch.setattr(gradients, "METHODS", ["grpo", "leaf"])
+    monkeypatch.setattr(gradients, "SAMPLING", {"max_new_tokens": 8, "temperature": 1.0})
     sentence = refusal("tests/gradients.py", "--run", tmp_path / "run", "--num-samples", 20)
     assert "--num-samples has to be a multiple of 2 K" in sentence
     options = ["--num-prompts", 4, "--num-samples", 8, "--num-responses", 2, "--reward", "exact",
