@@ -101,14 +101,14 @@ def sample_responses(model, embeds, K, max_new_tokens, temperature, top_p):
     N = len(embeds)
     P = max(len(prompt) for prompt in embeds)
 
-    # Prefill. Padding is on the left, so that all prompts end in the same column.
+    # Prefill, padded on the left: all end in column -1. ([:, -1:] would copy the LM head N times.)
     inputs = pad_sequence(embeds, batch_first=True, padding_side="left").to(device)  # (N, P, H)
     prompt_lengths = torch.tensor([len(prompt) for prompt in embeds], device=device)
     is_prompt = torch.arange(P, device=device) >= P - prompt_lengths[:, None]  # (N, P) bool
     cache = DynamicCache()  # subtle: a model's default may take the K columns of a step for K steps
     out = decoder(inputs_embeds=inputs, attention_mask=is_prompt, use_cache=True,
                   position_ids=(is_prompt.cumsum(dim=1) - 1).clamp(min=0), past_key_values=cache)
-    logits = logits_of(model, out.last_hidden_state[:, -1:]).expand(N, K, -1)
+    logits = logits_of(model, out.last_hidden_state[:, -1])[:, None].expand(N, K, -1)
 
     # Decode.
     responses = torch.zeros(N, K, max_new_tokens, dtype=torch.int64, device=device)

@@ -122,9 +122,9 @@ def padded_logps(model, prompts):
         with torch.autocast(device.type, half, enabled=embed.weight.dtype == half):
             hidden = model.get_decoder()(inputs_embeds=torch.cat([prefix, embed(responses)], dim=1),
                                          attention_mask=mask, use_cache=False).last_hidden_state
-        logits = sampling.logits_of(model, hidden[:, P - 1:-1])  # (K, T, V)
-        yield -torch.nn.functional.cross_entropy(logits.transpose(1, 2), responses,
-                                                 reduction="none").cpu()
+        logits = sampling.logits_of(model, hidden[:, P - 1:-1].flatten(0, 1))  # (K * T, V)
+        logps = -torch.nn.functional.cross_entropy(logits, responses.flatten(), reduction="none")
+        yield logps.view(K, T).cpu()
 
 
 def trie_logps(model, prompts, prompts_per_batch):
