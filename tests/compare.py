@@ -12,10 +12,10 @@ bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three lear
 k16     32 prompts x 16 responses, 8 seeds, all at 05's learning rate
 exact   64 x 8 again, 5 seeds, at 05's rate too, the reward 1 for an exact answer, else 0
 real    32 x 8, 5 seeds, at 2e-4, the model of tests/demo/make_real.py, whose answers hold several
-        decisions; tested after the last round only; takes --only real
+        decisions, in bfloat16; tested after the last round only, on 64 clips; takes --only real
 
 Run     python tests/compare.py                            2 cores: about 2 hours
-        python tests/compare.py --only real --rounds 3     2 cores: about 8 minutes a run
+        python tests/compare.py --only real --rounds 2     2 cores: about 3 minutes a run
 A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
 so give another --out, or delete the folder, when the code has changed.
 """
@@ -37,17 +37,19 @@ from gradients import (REWARDS, advantage, sample_rollouts, sampling, scoring, t
 BASELINES = ["grpo", "grpo-std"]  # with the paper's floor under the deviation, and without one
 METHODS = [*BASELINES, "leaf", "td", "tempo", "leaf-all", "global", "local", "multiplicity 0"]
 EXPERIMENTS = {"bleu": {"N": 64, "K": 8, "seeds": 5, "reward": "bleu", "task": "demo",
-                        "rates": ["5e-4", "2e-4", "1e-3"]},
+                        "rates": [5e-4, 2e-4, 1e-3]},
                "k16": {"N": 32, "K": 16, "seeds": 8, "reward": "bleu", "task": "demo",
-                       "rates": ["5e-4"]},
+                       "rates": [5e-4]},
                "exact": {"N": 64, "K": 8, "seeds": 5, "reward": "exact", "task": "demo",
-                         "rates": ["5e-4"]},
+                         "rates": [5e-4]},
                "real": {"N": 32, "K": 8, "seeds": 5, "reward": "bleu", "task": "real",
-                        "rates": ["2e-4"]}}
+                        "rates": [2e-4]}}
 TASKS = {"demo": {"model": "tests/demo/model", "manifest": "tests/demo/train.jsonl",
-                  "test": "tests/demo/test.jsonl", "answers": 5, "test_every_round": True},
+                  "test": "tests/demo/test.jsonl", "test_clips": 128, "answers": 5,
+                  "test_every_round": True, "dtype": torch.float32},
          "real": {"model": "runs/real-model", "manifest": "tests/demo/real/train.jsonl",
-                  "test": "tests/demo/real/test.jsonl", "answers": 3, "test_every_round": False}}
+                  "test": "tests/demo/real/test.jsonl", "test_clips": 64, "answers": 6,
+                  "test_every_round": False, "dtype": torch.bfloat16}}  # as on a GPU, and faster
 # The 97.5% quantile of Student's t, by the number of values minus 1.
 T95 = [float("nan"), 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
@@ -68,7 +70,8 @@ def encode_task(out, task):
         content = []
         for split in ("manifest", "test"):
             examples = sampling.read_manifest(TASKS[task][split])
-            content.append(sampling.embed_examples(model, processor, examples, defaults(sampling)))
+            read, embeds = sampling.embed_examples(model, processor, examples, defaults(sampling))
+            content.append((read, [prompt.to(TASKS[task]["dtype"]) for prompt in embeds]))
         sampling.save_file(path, content)
 
 
@@ -102,31 +105,39 @@ class Learner:
         self.reward = REWARDS[reward]
         self.seed = seed
         self.answers = TASKS[task]["answers"]
+        self.dtype = TASKS[task]["dtype"]
         self.sample_args = defaults(sampling)
         self.train_args = defaults(training)
         self.train_args.method = "credit"
-        self.manifest, self.test = torch.load(out / f"embeds-{task}.pt", weights_only=True)
+        self.manifest, test = torch.load(out / f"embeds-{task}.pt", weights_only=True)
+        self.test = [column[:TASKS[task]["test_clips"]] for column in test]
         model, processor = sampling.load_model(TASKS[task]["model"])
+        for weight in model.parameters():  # not the buffers, as in from_pretrained
+            weight.data = weight.data.to(self.dtype)
         torch.manual_seed(1000 * seed + 1)  # as 05 in the first round
         self.model = training.add_lora(model, self.train_args.lora_rank,
                                        self.train_args.lora_alpha, self.train_args.lora_dropout)
         self.tokenizer = processor.tokenizer
+
+    def answer(self, examples, embeds, K):
+        """K sampled responses to each example; in bfloat16 the LoRA computes in it, as in 02."""
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype == torch.bfloat16):
+            return sample_rollouts(self.model, self.tokenizer, examples, embeds, K,
+                                   self.sample_args)
 
     def sample_round(self, number):
         """The scored rollouts of a round, as from 01 and 02."""
         examples, embeds = self.manifest
         order = sampling.next_slice(len(examples), self.N * number, self.N, self.seed)
         torch.manual_seed(1000 * self.seed + number)  # as 01
-        rollouts = sample_rollouts(self.model, self.tokenizer, [examples[n] for n in order],
-                                   [embeds[n] for n in order], self.K, self.sample_args)
+        rollouts = self.answer([examples[n] for n in order], [embeds[n] for n in order], self.K)
         score(self.model, rollouts, self.train_args.prompts_per_batch)
         return rollouts
 
     def test_reward(self):
         """The mean reward, 0..100, of a few sampled answers to each test prompt."""
         torch.manual_seed(1000 * self.seed)
-        rollouts = sample_rollouts(self.model, self.tokenizer, *self.test, self.answers,
-                                   self.sample_args)
+        rollouts = self.answer(*self.test, self.answers)
         return 100 * statistics.fmean(value for rollout in rollouts
                                       for value in self.reward(rollout))
 
@@ -150,7 +161,7 @@ def one_run(out, method, rate, rounds, kl_weight=None, **start):
     if kl_weight is not None:
         learner.train_args.kl_weight = kl_weight
     optimizer = training.load_optimizer(learner.model, None)
-    optimizer.param_groups[0]["lr"] = float(rate)
+    optimizer.param_groups[0]["lr"] = rate
     base, rollouts = torch.load(start_file(out, **start), weights_only=True)
     rewards = {0: base}
     for number in range(1, rounds + 1):
@@ -231,7 +242,7 @@ def show(out, name, rates, seeds, rounds):
     print_row(*["---"] * (2 + len(tested)))
     for method in rates:
         means = [statistics.fmean(seed[n] for seed in rewards[method]) for n in tested]
-        print_row(method, *rates[method], *(f"{mean:.1f}" for mean in means))
+        print_row(method, *map(str, rates[method]), *(f"{mean:.1f}" for mean in means))
     excluding = []
     for baseline in (method for method in BASELINES if method in rates and len(rates) > 1):
         print()
@@ -265,7 +276,8 @@ def parse_args():
     add("--only", choices=list(EXPERIMENTS), help="one experiment instead of all but real")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="instead of all")
     add("--seeds", type=int, choices=range(1, 11), help="instead of the experiment's own number")
-    add("--rates", nargs="+", help="learning rates, instead of the experiment's own")
+    add("--rates", nargs="+", type=sampling.number(float, 0),
+        help="learning rates, instead of the experiment's own")
     add("--kl-weight", type=sampling.number(float, 0), help="instead of 05's")
     return parser.parse_args()
 

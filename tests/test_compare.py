@@ -38,7 +38,7 @@ def test_two_rounds_are_those_of_the_scripts(tmp_path, monkeypatch):
     start = {"N": 5, "K": 2, "reward": "bleu", "task": "demo", "seed": 3}
     monkeypatch.setattr("sys.stderr", sys.stderr)  # put back after prepare
     compare.prepare(tmp_path, torch.get_num_threads(), start)
-    rewards = compare.one_run(tmp_path, method="leaf", rate="1e-3", rounds=2, **start)
+    rewards = compare.one_run(tmp_path, method="leaf", rate=1e-3, rounds=2, **start)
 
     assert list(rewards) == [0, 1, 2] and all(0 <= reward <= 100 for reward in rewards.values())
     found = peft.get_peft_model_state_dict(trained[-1])
@@ -85,17 +85,17 @@ def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_
     monkeypatch.setattr(compare, "ProcessPoolExecutor", OneProcess)
     monkeypatch.setattr(compare.os, "cpu_count", torch.get_num_threads)
     monkeypatch.setattr("sys.stderr", sys.stderr)  # put back afterwards
-    methods, rates = ["grpo", "grpo-std", "leaf"], ["5e-4", "1e-3"]
+    methods, rates = ["grpo", "grpo-std", "leaf"], [5e-4, 1e-3]
     monkeypatch.setattr(compare, "EXPERIMENTS", {
         "bleu": {"N": 4, "K": 2, "seeds": 3, "reward": "bleu", "task": "demo", "rates": rates}})
     embeds = [prompt.clone() for prompt in prompt_embeds]
     sampling.save_file(tmp_path / "embeds-demo.pt", [(examples, embeds), (examples[:1], embeds[:1])])
-    rewards = {("grpo", "5e-4"): [60, 62, 64], ("grpo", "1e-3"): [50, 52, 99],  # the third seed has no say
-               ("grpo-std", "5e-4"): [60, 60, 60], ("grpo-std", "1e-3"): [60, 59, 99],
-               ("leaf", "5e-4"): [40, 42, 44], ("leaf", "1e-3"): [63, 66, 69]}
+    rewards = {("grpo", 5e-4): [60, 62, 64], ("grpo", 1e-3): [50, 52, 99],  # the third seed has no say
+               ("grpo-std", 5e-4): [60, 60, 60], ("grpo-std", 1e-3): [60, 59, 99],
+               ("leaf", 5e-4): [40, 42, 44], ("leaf", 1e-3): [63, 66, 69]}
     runs = compare.runs_of("bleu", dict.fromkeys(methods, rates), seeds=3, rounds=1)
     missing = runs[0]
-    assert (missing["method"], missing["rate"], missing["seed"]) == ("grpo", "5e-4", 0)
+    assert (missing["method"], missing["rate"], missing["seed"]) == ("grpo", 5e-4, 0)
     for run in runs[1:]:
         reward = rewards[run["method"], run["rate"]][run["seed"]]
         compare.run_file(tmp_path, run).write_text(f"round,reward\n0,10\n1,{reward}\n", encoding="utf-8")
@@ -110,7 +110,7 @@ def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_
     compare.main()  # nothing is left to do
     lines = capsys.readouterr().out.splitlines()
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if line.startswith("|")]
-    assert ("grpo", "5e-4", "10.0", "62.0") in rows and ("leaf", "1e-3", "10.0", "66.0") in rows
+    assert ("grpo", "0.0005", "10.0", "62.0") in rows and ("leaf", "0.001", "10.0", "66.0") in rows
     half = 4.303 * statistics.stdev([63 - 60, 66 - 62, 69 - 64]) / 3 ** 0.5
     of_grpo, of_grpo_std = rows.index(("minus grpo", "round 1")), rows.index(("minus grpo-std", "round 1"))
     assert rows[of_grpo + 3] == ("leaf", f"+4.0 ± {half:.1f}")
@@ -125,7 +125,7 @@ def test_a_kl_weight_of_ones_own(tmp_path, monkeypatch, capsys, prompt_embeds, e
     monkeypatch.setattr(compare.os, "cpu_count", torch.get_num_threads)
     monkeypatch.setattr("sys.stderr", sys.stderr)  # put back afterwards
     monkeypatch.setattr(compare, "EXPERIMENTS", {
-        "bleu": {"N": 4, "K": 2, "seeds": 1, "reward": "bleu", "task": "demo", "rates": ["5e-4"]}})
+        "bleu": {"N": 4, "K": 2, "seeds": 1, "reward": "bleu", "task": "demo", "rates": [5e-4]}})
     seen = []
     monkeypatch.setattr(compare, "train_round", lambda *given: seen.append(given[-1].kl_weight))
     embeds = [prompt.clone() for prompt in prompt_embeds]
@@ -138,3 +138,26 @@ def test_a_kl_weight_of_ones_own(tmp_path, monkeypatch, capsys, prompt_embeds, e
         compare.main()
     assert seen == [0, 0.02] and len(list(tmp_path.glob("*.csv"))) == 2
     assert "minus" not in capsys.readouterr().out
+
+
+def test_a_task_in_bfloat16(tmp_path, monkeypatch, prompt_embeds, examples):
+    """As on a GPU: weights in bfloat16, the LoRA and what positions are computed from in float32."""
+    monkeypatch.setitem(compare.TASKS, "demo", {**compare.TASKS["demo"], "dtype": torch.bfloat16, "test_clips": 2})
+    embeds = [prompt.bfloat16() for prompt in prompt_embeds]
+    sampling.save_file(tmp_path / "embeds-demo.pt", [(examples, embeds), (examples, embeds)])
+    learners = []
+    real_learner = compare.Learner
+    monkeypatch.setattr(compare, "Learner",
+                        lambda *args, **given: learners.append(real_learner(*args, **given)) or learners[-1])
+    monkeypatch.setattr("sys.stderr", sys.stderr)  # put back after prepare
+    start = {"N": 4, "K": 3, "reward": "bleu", "task": "demo", "seed": 0}
+    compare.prepare(tmp_path, torch.get_num_threads(), start)
+    rewards = compare.one_run(tmp_path, method="td", rate=1e-2, rounds=1, **start)
+
+    weights = dict(learners[-1].model.named_parameters())
+    learned = {name for name in weights if "lora" in name}
+    assert {weights[name].dtype for name in learned} == {torch.float32}
+    assert {weights[name].dtype for name in weights.keys() - learned} == {torch.bfloat16}
+    buffers = dict(learners[-1].model.named_buffers())
+    assert {buffer.dtype for name, buffer in buffers.items() if "inv_freq" in name} == {torch.float32}
+    assert len(learners[-1].test[0]) == 2 and rewards[1] != rewards[0]
