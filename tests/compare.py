@@ -287,6 +287,8 @@ def main():
     names = [args.only] if args.only else [name for name in EXPERIMENTS if name != "real"]
     args.out.mkdir(parents=True, exist_ok=True)
     for task in {EXPERIMENTS[name]["task"] for name in names}:
+        if not Path(TASKS[task]["model"]).exists():
+            sys.exit("the real model is not here: `python tests/demo/make_real.py` makes it")
         encode_task(args.out, task)
     for name in names:
         if args.kl_weight is not None:

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import peft
+import pytest
 import torch
 from conftest import TRAIN, call, load
 
@@ -62,6 +63,13 @@ def test_recordings_are_encoded_once_into_a_new_folder(tmp_path, monkeypatch):
     assert train == test == sampling.read_manifest(manifest) and embeds[0].ndim == 2
     monkeypatch.setattr(sampling, "load_model", None)
     compare.main()  # nothing is left to do
+
+
+def test_the_real_model_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.setitem(compare.TASKS, "real", {**compare.TASKS["real"], "model": tmp_path / "none"})
+    monkeypatch.setattr("sys.argv", ["compare.py", "--only", "real", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="make_real.py"):
+        compare.main()
 
 
 class OneProcess:
