@@ -51,10 +51,10 @@ in sum n GA, if they are equally long (the loss averages over a response). LA is
 
 Sizes   K responses, T tokens in the longest, n responses in a node
 Reads   RUN/rollouts.pt: texts, reference, lengths; RUN/tree.pt
-Writes  RUN/advantages.pt, per prompt: float32 rewards (K,); leaf, grpo and td (K, T), the advantage
-        of each token by each method, 0 at padding; and spans, K lists of [start, end, credit]
+Writes  RUN/advantages.pt, per prompt: float32 rewards (K,); leaf, grpo, td and tempo (K, T), each
+        token's advantage by each method, 0 at padding; and spans, K lists of [start, end, credit]
 Run     python 04_advantage.py                                   demo: about 1 s
-Differs from the paper (arXiv 2606.07610): two flags, and td. (Steps 4 to 7 of the README.)
+Differs from the paper (arXiv 2606.07610): two flags, td, tempo. (Steps 4 to 7 of the README.)
 """
 import math
 import re
@@ -84,9 +84,10 @@ def main(args):
                                 args.advantage_terms, args.multiplicity)
         whole = [[(0, length, advantage)]  # for GRPO a response is one span
                  for length, advantage in zip(lengths, grpo_advantages(rewards))]
-        prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32),
-                        "leaf": spread(zscore(spans), lengths), "grpo": spread(whole, lengths),
-                        "td": td_advantages(rollout["responses"], rewards),
+        grpo = spread(whole, lengths)
+        td = td_advantages(rollout["responses"], rewards)
+        prompts.append({"rewards": torch.tensor(rewards, dtype=torch.float32), "grpo": grpo,
+                        "leaf": spread(zscore(spans), lengths), "td": td, "tempo": grpo + td,
                         "spans": [[list(span) for span in response] for response in spans]})
         counts.append([len(groups), *count_forks(groups, rewards)])
 
@@ -123,15 +124,14 @@ def span_advantages(boundaries, groups, lengths, rewards, terms="both", multipli
 
     Responses that end at or before the boundary of their node are identical. Nothing is left for a
     tail: their last span is the node's, with √n. spread cuts off what lies beyond their end."""
-    K = len(lengths)
-    root_value = mean_reward(rewards, range(K))
+    root_value = mean_reward(rewards, range(len(lengths)))
     spans = []
-    for i in range(K):
+    for i, length in enumerate(lengths):
         path = []  # (end, members) of its spans, in order
         for boundary, nodes in zip(boundaries, groups):
             path += [(int(boundary), members) for members in nodes if i in members]  # 1 at most
-        if not path or path[-1][0] < lengths[i]:
-            path.append((int(lengths[i]), [i]))  # the tail
+        if not path or path[-1][0] < length:
+            path.append((int(length), [i]))  # the tail
         response_spans = []
         start = 0
         parent_value = root_value
@@ -174,8 +174,8 @@ def grpo_advantages(rewards):
     return torch.tensor([(reward - mean) / scale for reward in rewards])
 
 def td_advantages(responses, rewards):
-    """For comparison, TEMPO's term (arXiv 2509.18314): by how much each token changes V, the mean
-    reward of those that begin alike, divided by GRPO's scale. responses (K, T) -> (K, T) float32.
+    """For comparison, what TEMPO (arXiv 2509.18314) adds to GRPO: what each token changes in V,
+    the mean reward of those that begin alike, over GRPO's scale. (K, T) -> (K, T) float32.
 
     >>> tokens_0_2_and_5 = torch.tensor([[1, 1, 1], [1, 1, 2], [1, 2, 1], [2, 1, 1]])
     >>> td_advantages(tokens_0_2_and_5, rewards=[1.0, 0.6, 0.2, 0.2])[1]  # y1

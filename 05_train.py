@@ -1,8 +1,8 @@
 """05: what does the model learn from it?
 
 One epoch of policy gradient over the rollouts of the round. The loss is GRPO's clipped surrogate
-with a KL term. LEAF changes only the advantage of each token: `--method grpo` and `td` take the
-other advantages of the same files. Only a LoRA on the language model learns. The reference of the
+with a KL term. LEAF changes only the advantage of each token: `--method grpo`, `td` and `tempo`
+take the others of the same files. Only a LoRA on the language model learns. The reference of the
 KL is the model without it, scored in 02. As in 02, a prompt is one row, its trie.
 
 An update follows the gradient of a few prompts. Its line says: reward, the mean of 01's responses:
@@ -197,7 +197,7 @@ def parse_args():
     add = parser.add_argument
     count = sampling.number(int, 1)
     size = sampling.number(float, 0)
-    add("--method", default="leaf", choices=["leaf", "grpo", "td"], help="whose advantages to take")
+    add("--method", default="leaf", choices=["leaf", "grpo", "td", "tempo"], help="whose credit")
     add("--prompts-per-step", type=count, default=4, help="prompts per update")
     add("--learning-rate", type=size, default=5e-4, help="peak learning rate")
     add("--total-steps", type=sampling.number(int, 0), default=0, help="of all rounds; 0: constant")

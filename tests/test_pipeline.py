@@ -1,6 +1,7 @@
 """Do the six scripts write and print what they say, run as a user runs them, and the same again?"""
 import contextlib
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -111,8 +112,9 @@ def check_advantages(prompt, found, earned):
     K, T = prompt["responses"].shape
     rewards = earned["rewards"]
     assert rewards.shape == (K,) and rewards.tolist() == pytest.approx(advantage.prompt_rewards(prompt))
-    assert earned.keys() == {"rewards", "leaf", "grpo", "td", "spans"}
+    assert earned.keys() == {"rewards", "leaf", "grpo", "td", "tempo", "spans"}
     torch.testing.assert_close(earned["td"], advantage.td_advantages(prompt["responses"], rewards.tolist()))
+    assert torch.equal(earned["tempo"], earned["grpo"] + earned["td"])
     spans = advantage.span_advantages(found["boundaries"], found["groups"], prompt["lengths"], rewards.tolist())
     for row, wanted in zip(earned["spans"], spans, strict=True):
         assert [number for span in row for number in span] == pytest.approx(
@@ -380,7 +382,7 @@ def test_the_same_seed_gives_the_same_files_bit_for_bit(tmp_path, rounds):
 
 def test_other_methods_train_from_the_same_files(tmp_path, rounds):
     found = {}
-    for method in ("leaf", "grpo", "td"):
+    for method in ("leaf", "grpo", "td", "tempo"):
         run = shutil.copytree(rounds.sampled, tmp_path / method)
         call("05_train.py", "--run", run, "--method", method)
         found[method] = adapter_of(run)
@@ -388,7 +390,7 @@ def test_other_methods_train_from_the_same_files(tmp_path, rounds):
         assert all((run / f"{name}.pt").read_bytes() == (rounds.sampled / f"{name}.pt").read_bytes()
                    for name in STAGES)
     assert same(found["leaf"], adapter_of(rounds.trained))
-    assert not any(same(found[one], found[other]) for one, other in (("leaf", "grpo"), ("leaf", "td"), ("grpo", "td")))
+    assert not any(same(found[one], found[other]) for one, other in itertools.combinations(found, 2))
 
 
 @pytest.mark.parametrize("options, factors", [

@@ -148,7 +148,7 @@ def test_log_probabilities_are_those_of_02(trainer, granite, tmp_path, name):
     assert (wanted - reference).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("method", ["leaf", "grpo", "td"])
+@pytest.mark.parametrize("method", ["leaf", "grpo", "td", "tempo"])
 def test_advantages_are_those_of_02_to_04(trainer, tmp_path, monkeypatch, method):
     """The scripts themselves, on what TRL has of an update."""
     prompts, args = trainer.work

@@ -133,7 +133,8 @@ def trl_config(args):
 def parse_args():
     parser = sampling.stage_parser(__doc__)
     parser.set_defaults(run="runs/trl", skip_unreadable=False)
-    parser.add_argument("--method", default="leaf", choices=["leaf", "grpo", "td"], help="as in 05")
+    parser.add_argument("--method", default="leaf", choices=["leaf", "grpo", "td", "tempo"],
+                        help="as in 05")
     for flag in ("--raw-prompt", "--gradient-checkpointing"):
         parser.add_argument(flag, action="store_true", help="as in 01 and 05")
     for name, value in PAPER.items():
