@@ -1,18 +1,19 @@
 """Does span credit show in training? Many runs, over methods, learning rates and seeds.
 
 A run trains as 01 to 05 do, with their functions, settings and draws, but in one process, from
-recordings encoded once for all runs. After every round the test prompts are answered, with the
-sampling of 01; a run reports the mean reward of these answers. Methods with the same seed see
-the same prompts and, in the first round, the same responses (sampled once, for all of them). So
-they are compared in pairs: the reward minus that of a baseline, GRPO with the paper's floor under
-its deviation or without, with a 95% interval over seeds (Student's t). --methods picks some.
+recordings encoded once for all runs; the real model in bfloat16, as on a GPU. After every round
+the test prompts are answered, with the sampling of 01; a run reports the mean reward of these
+answers. Methods with the same seed see the same prompts and, in the first round, the same
+responses (sampled once, for all of them). So they are compared in pairs: the reward minus that of
+a baseline, GRPO with the paper's floor under its deviation or without, with a 95% interval over
+seeds (Student's t). --methods picks some.
 
 bleu    64 prompts x 8 responses, 5 seeds, each method at the best of three learning rates: that
         with the highest mean reward at the end of the first two seeds
 k16     32 prompts x 16 responses, 8 seeds, all at 05's learning rate
 exact   64 x 8 again, 5 seeds, at 05's rate too, the reward 1 for an exact answer, else 0
 real    32 x 8, 5 seeds, at 2e-4, the model of tests/demo/make_real.py, whose answers hold several
-        decisions, in bfloat16; tested after the last round only, on 64 clips; takes --only real
+        decisions; tested after the last round only, on 64 clips; takes --only real
 
 Run     python tests/compare.py                            2 cores: about 2 hours
         python tests/compare.py --only real --rounds 2     2 cores: about 3 minutes a run
@@ -212,30 +213,29 @@ def do_all(out, runs, jobs):
             print(f"{number} of {len(missing)}: {name}", flush=True)
 
 
-def runs_of(name, rates, seeds, rounds):
+def runs_of(experiment, rates, seeds, rounds):
     """The runs of an experiment, dicts: for each seed and method, one at each of its rates."""
-    setting = {key: value for key, value in EXPERIMENTS[name].items()
+    setting = {key: value for key, value in experiment.items()
                if key in ("N", "K", "reward", "task", "kl_weight")}
     return [{**setting, "method": method, "rate": rate, "seed": seed, "rounds": rounds}
             for seed in range(seeds) for method in rates for rate in rates[method]]
 
 
-def best_rate(out, name, method, rates, seeds, rounds):
+def best_rate(out, experiment, method, rates, seeds, rounds):
     """The learning rate with the highest mean of the last rewards."""
     totals = {}
     for rate in rates:
-        runs = runs_of(name, {method: [rate]}, seeds, rounds)
+        runs = runs_of(experiment, {method: [rate]}, seeds, rounds)
         totals[rate] = sum(read_run(out, run)[rounds] for run in runs)
     return max(totals, key=totals.get)
 
 
-def show(out, name, rates, seeds, rounds):
+def show(out, experiment, rates, seeds, rounds):
     """Print an experiment, as Markdown: for each method its mean reward, and for each baseline the
     differences to it, paired by seed, after each round that was tested."""
-    print(f"\n{name}: {EXPERIMENTS[name]}, {seeds} seeds\n")
     rewards = {}  # by method: a dict {round: reward} for each seed
     for method in rates:
-        runs = runs_of(name, {method: rates[method]}, seeds, rounds)
+        runs = runs_of(experiment, {method: rates[method]}, seeds, rounds)
         rewards[method] = [read_run(out, run) for run in runs]
     tested = list(rewards[method][0])
     print_row("method", "rate", "before", *(f"round {n}" for n in tested[1:]))
@@ -291,18 +291,21 @@ def main():
             sys.exit("the real model is not here: `python tests/demo/make_real.py` makes it")
         encode_task(args.out, task)
     for name in names:
+        experiment = dict(EXPERIMENTS[name])
         if args.kl_weight is not None:
-            EXPERIMENTS[name]["kl_weight"] = args.kl_weight
-        seeds = args.seeds or EXPERIMENTS[name]["seeds"]
-        candidates = args.rates or EXPERIMENTS[name]["rates"]
+            experiment["kl_weight"] = args.kl_weight
+        seeds = args.seeds or experiment["seeds"]
+        candidates = args.rates or experiment["rates"]
         rates = dict.fromkeys(args.methods, candidates)
         if len(candidates) > 1:
             some = min(2, seeds)
-            do_all(args.out, runs_of(name, rates, some, args.rounds), args.jobs)
+            do_all(args.out, runs_of(experiment, rates, some, args.rounds), args.jobs)
             for method in args.methods:
-                rates[method] = [best_rate(args.out, name, method, candidates, some, args.rounds)]
-        do_all(args.out, runs_of(name, rates, seeds, args.rounds), args.jobs)
-        show(args.out, name, rates, seeds, args.rounds)
+                best = best_rate(args.out, experiment, method, candidates, some, args.rounds)
+                rates[method] = [best]
+        do_all(args.out, runs_of(experiment, rates, seeds, args.rounds), args.jobs)
+        print(f"\n{name}: {experiment}, {seeds} seeds\n")
+        show(args.out, experiment, rates, seeds, args.rounds)
 
 
 if __name__ == "__main__":
