@@ -16,8 +16,8 @@ real    32 x 8, 5 seeds, at 2e-4, the model of tests/demo/make_real.py, whose an
         decisions; tested after the last round only, on 64 clips; takes --only real
 
 Run     python tests/compare.py                            2 cores: about 2 hours
-        python tests/compare.py --only real --rounds 2     2 cores: about 3 minutes a run
-A finished run is a CSV file in --out, a row per round. Stopped, it goes on with those that lack it;
+        python tests/compare.py --only real --rounds 2     2 cores: about 4 minutes a run
+A finished run is a CSV file in --out, a row per test. Stopped, it goes on with those that lack it;
 so give another --out, or delete the folder, when the code has changed.
 """
 import argparse
@@ -253,8 +253,9 @@ def show(out, experiment, rates, seeds, rounds):
                 intervals = [paired(rewards[method], rewards[baseline], n) for n in tested[1:]]
                 excluding += [abs(mean) > half for mean, half in intervals]
                 print_row(method, *(f"{mean:+.1f} ± {half:.1f}" for mean, half in intervals))
-    print(f"\n{sum(excluding)} of {len(excluding)} intervals exclude 0; about "
-          f"{0.05 * len(excluding):.0f} would by chance, if nothing differed")
+    if excluding and seeds > 1:
+        print(f"\n{sum(excluding)} of {len(excluding)} intervals exclude 0; about "
+              f"{0.05 * len(excluding):.0f} would by chance, if nothing differed")
 
 
 def print_row(*cells):

@@ -192,8 +192,11 @@ def parse_args():
 
 def main(args):
     # Load the model, with the run's adapter or a new LoRA.
-    if args.num_samples % (2 * args.num_responses) or args.num_prompts % PROMPTS_PER_UPDATE:
-        raise sampling.UserError("--num-samples has to be a multiple of 2 K, --num-prompts of 4")
+    K = args.num_responses
+    if args.num_samples % (2 * K) or args.num_samples < 4 * K:  # a half of one group has no error
+        raise sampling.UserError("--num-samples has to be a multiple of 2 K, and at least 4 K")
+    if args.num_prompts % PROMPTS_PER_UPDATE:
+        raise sampling.UserError("--num-prompts has to be a multiple of 4")
     state = sampling.read_state(args.run)
     trained = state if state["adapter"] else sampling.load_stage(args.run, "rollouts")["meta"]
     settings = {name: trained[name] for name in ("model", "system_prompt", "raw_prompt")}  # as 06
@@ -209,9 +212,9 @@ def main(args):
     order = sampling.next_slice(len(manifest), 0, args.num_prompts, args.seed)
     examples, embeds = sampling.embed_examples(model, processor, [manifest[n] for n in order], args)
     torch.manual_seed(args.seed)  # encoding audio has set another
-    num_groups = args.num_samples // args.num_responses
+    num_groups = args.num_samples // K
     rollouts = sample_rollouts(model, processor.tokenizer, examples * num_groups,
-                               embeds * num_groups, args.num_responses, args)
+                               embeds * num_groups, K, args)
     for rollout in rollouts:
         rollout["rewards"] = REWARDS[args.reward](rollout)
     columns = measure(model, [rollouts[n::len(examples)] for n in range(len(examples))], weights,

@@ -126,6 +126,10 @@ def test_it_goes_on_and_compares_in_pairs(tmp_path, monkeypatch, capsys, prompt_
     assert rows[of_grpo_std + 2:] == [("leaf", f"+6.0 ± {half:.1f}")]
     assert lines[-1].startswith("1 of 3 intervals exclude 0; about 0 would")
 
+    sys.argv += ["--seeds", "1", "--rates", "5e-4"]
+    compare.main()  # a single seed has no interval
+    assert "exclude 0" not in capsys.readouterr().out
+
 
 def test_a_kl_weight_of_ones_own(tmp_path, monkeypatch, capsys, prompt_embeds, examples):
     """It reaches the update, and has files of its own."""

@@ -214,8 +214,9 @@ def test_the_command(rounds, tmp_path, capsys, monkeypatch):
     """On the untouched model that a run has sampled from, and on the one that it has trained."""
     monkeypatch.setattr(gradients, "METHODS", ["grpo", "leaf"])
     monkeypatch.setattr(gradients, "SAMPLING", {"max_new_tokens": 8, "temperature": 1.0})
-    sentence = refusal("tests/gradients.py", "--run", tmp_path / "run", "--num-samples", 20)
-    assert "--num-samples has to be a multiple of 2 K" in sentence
+    for options in (["--num-samples", 20], ["--num-samples", 16], ["--num-prompts", 6]):
+        with pytest.raises(sampling.UserError, match=f"{options[0]} has to be a multiple"):
+            gradients.main(parsed("gradients.py", "--run", tmp_path / "run", *options))
     options = ["--num-prompts", 4, "--num-samples", 8, "--num-responses", 2, "--reward", "exact",
                "--out", tmp_path / "new" / "table.csv"]
     assert "run 01_sample.py" in refusal("tests/gradients.py", "--run", tmp_path / "run", *options)

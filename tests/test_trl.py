@@ -309,6 +309,17 @@ def test_sampling_is_that_of_01(trainer, monkeypatch):
     assert asked == [(2, K, args.max_new_tokens, args.temperature, args.top_p)]
 
 
+def test_branches_that_see_each_other_are_refused(trainer, monkeypatch):
+    """Before the first update, as in 02: surprisal comes from a trie here, too."""
+    score_responses = scoring.score_responses
+    monkeypatch.setattr(scoring, "score_responses", lambda model, rollouts: [
+        logp - 0.2 * (len(logp) > 1) for logp in score_responses(model, rollouts)])
+    with pytest.raises(sampling.UserError, match="see each other"):
+        first_pass(trainer)
+    monkeypatch.setattr(trainer.state, "global_step", 1)
+    first_pass(trainer)  # later ones are not checked
+
+
 def test_defaults_are_the_demos_or_the_papers(tmp_path, trainer):
     demo = options_of(tmp_path)
     for script in ("01_sample.py", "03_tree.py", "05_train.py"):

@@ -99,6 +99,8 @@ class LeafTrainer(trl.GRPOTrainer):
                 rollout["texts"] = sampling.decode_responses(self._tokenizer, responses, lengths)
                 rollout["rewards"] = advantage.prompt_rewards(rollout)
                 rollout["surprisal"] = -scoring.score_responses(model, [rollout])[0]
+                if self.state.global_step == 0:
+                    scoring.check_trie(model, rollout)
                 self.advantages += token_advantages(args.method, rollout, args.fork_budget)
                 rows["prompt_ids"] += K * [virtual[n].tolist()]
                 rows["completion_ids"] += [row[:T].tolist() for row, T in zip(responses, lengths)]
