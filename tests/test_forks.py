@@ -1,6 +1,8 @@
 """What people who fork the project do in the first days: nothing is silently wrong, no work is lost."""
+import inspect
 import json
 import os
+import re
 import shutil
 import unicodedata
 from importlib import import_module
@@ -69,6 +71,21 @@ def test_a_bug_in_an_edited_reward_has_its_traceback(run, monkeypatch):
 def test_negative_rewards_without_a_bound(run, monkeypatch):
     found = credited(run, monkeypatch, lambda rollout: [-3.0, -1.0, 0.0, -2.0])
     assert found[0]["rewards"].tolist() == [-3.0, -1.0, 0.0, -2.0] and found[0]["leaf"].isfinite().all()
+
+
+def test_the_readmes_credit_of_rloo():
+    """A node against the responses outside it: {0, 1, 2} of 0.6 against 0.2, then a tail each."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    [formula, K] = re.findall(r"RLOO compares .*?`(GA = .*?)`, with `(K = .*?)`", readme)[0]
+    shipped = inspect.getsource(advantage.span_advantages)
+    changed = shipped.replace("GA = value - root_value", f"{K}; {formula}")
+    assert changed != shipped
+    names = vars(advantage).copy()
+    exec(changed, names)
+    spans = names["span_advantages"]([2], [[[0, 1, 2]]], [4, 4, 4, 4], [1.0, 0.6, 0.2, 0.2],
+                                     terms="global", multiplicity=0)
+    credits = [credit for row in spans for _, _, credit in row]
+    assert credits == pytest.approx([0.4, 2 / 3, 0.4, 0.4 / 3, 0.4, -0.4, -0.4])
 
 
 def cut(run, monkeypatch, boundaries):
